@@ -1,0 +1,90 @@
+"""What a run's user sees: a plan before the work, a line when a step starts and ends, and the figure that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsekd_ray.cascade import estimate
+from sparsekd_ray.cascade.plan import Step
+from sparsekd_ray.config import Config
+
+Records = Mapping[str, dict[str, Any]]
+
+
+def begins(step: Step) -> str:
+    return f"  ▶ {step.name:<24} {step.ref.name}"
+
+
+def ends(step: Step, record: dict[str, Any]) -> str:
+    return f"  ✓ {step.name:<24} {figure(step.kind, record):<42} {record['seconds']:6.1f} s"
+
+
+def inside(text: str) -> str:
+    return f"      {text}"
+
+
+def figure(kind: str, record: dict[str, Any]) -> str:
+    """The one figure of a finished step."""
+    metrics = record["metrics"]
+    match kind:
+        case "tokenizer":
+            return f"{metrics['vocab_size']:,} tokens in the vocabulary"
+        case "corpus":
+            return f"{sum(metrics['tokens']['train'].values()):,} training tokens"
+        case "dense":
+            return f"{metrics['params']:,} parameters, {metrics['mlp_params'] / metrics['params']:.0%} MLP"
+        case "cache":
+            stored = sum(file["size"] for file in record["files"].values())
+            return f"{metrics['tokens']:,} tokens, {stored / metrics['tokens']:.0f} B/token"
+        case "prune":
+            return f"−{100 * metrics['sparsity']:.2f} % of MLP, {metrics['params']:,} parameters"
+        case "distill":
+            return f"validation PPL {metrics['valid_ppl']:.2f} ({metrics['stopped']})"
+        case "evaluate":
+            return f"PPL {metrics['sliding']['ppl']:.2f}"
+    return f"{metrics['params']:,} parameters, two directories"
+
+
+def plan_text(config: Config, steps: list[Step], records: Records) -> str:
+    """The whole plan, with what is done and what will run."""
+    done = sum(step.name in records for step in steps)
+    lines = [f"plan  {len(steps)} steps, {done} done, {len(steps) - done} to run"]
+    names, artifacts = (
+        max(map(len, column)) for column in zip(*((s.name, s.ref.key) for s in steps), strict=True)
+    )
+    for step in steps:
+        record = records.get(step.name)
+        mark, note = ("✓", figure(step.kind, record)) if record else ("·", "to run")
+        lines.append(
+            f"  {mark} {step.name:<{names}}  {step.ref.key.removeprefix('artifacts/'):<{artifacts - 10}}  {note}"
+        )
+    return "\n".join([*lines, *_estimates(config)])
+
+
+def _estimates(config: Config) -> list[str]:
+    """Size, cache and memory per GPU, where the configuration states the model's shape."""
+    shape = config.model.shape
+    if shape is None:
+        return []
+    counts = estimate.parameters(shape)
+    samples, length = config.corpus.samples, config.corpus.seq_len
+    gb = estimate.cache_bytes(config) / estimate.GB
+    lines = [
+        f"model   {counts.total / 1e9:.3f} B parameters: {counts.mlp / 1e9:.3f} MLP, "
+        f"{counts.attention / 1e9:.3f} attention, {counts.embedding / 1e9:.3f} embedding",
+        f"corpus  {samples:,} sequences of {length} tokens, {samples * length / 1e6:.1f} M tokens",
+        f"cache   {gb:.1f} GB per teacher before compression (top-{config.teacher.k})",
+        f"memory per GPU (estimated): capture {estimate.capture_gb(shape):.1f} GB; training on "
+        f"{config.execution.workers} workers, ZeRO-{config.execution.zero_stage}"
+        f"{', optimiser offloaded' if config.execution.offload else ''}:",
+    ]
+    sizes = [0.0, *(r.sparsity for r in config.cascade.rounds)]
+    needs = {sparsity: estimate.training_gb(config, shape, sparsity) for sparsity in sizes}
+    for card in config.execution.cards:
+        fits = "  ".join(
+            f"−{100 * sparsity:g}% {need:.1f}{'' if need < 0.92 * card.memory_gb else ' too much'}"
+            for sparsity, need in needs.items()
+        )
+        lines.append(f"  {card.name:<14} {card.memory_gb:g} GB   {fits}")
+    return lines

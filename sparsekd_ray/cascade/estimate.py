@@ -1,0 +1,78 @@
+"""What a run will take, from a model's shape alone: parameters, bytes of cache, memory per GPU.
+
+Pure arithmetic for the plan; nothing is loaded. Memory counts what DeepSpeed keeps per parameter (bf16 weights
+2 bytes, gradients 2, fp32 master and Adam moments 12), ZeRO's communication buckets, the loss's logits, and activations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sparsekd_ray.config import Config, Shape
+
+GB = 1e9
+LOSS_ROWS = 512  # rows of logits alive in the loss, see distill/loss.py
+BUCKETS = 2 * 2 * 5 * 10**8  # DeepSpeed's default all-gather and reduce buckets, bf16
+
+
+class Parameters(NamedTuple):
+    mlp: int
+    attention: int
+    embedding: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def parameters(shape: Shape) -> Parameters:
+    """Parameter counts; norms count with the attention of their block."""
+    head_dim = shape.head_dim or shape.hidden // shape.heads
+    projections = shape.hidden * head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    norms = 2 * shape.hidden + (2 * head_dim if shape.family == "qwen3" else 0)
+    return Parameters(
+        mlp=shape.layers * 3 * shape.hidden * shape.intermediate,
+        attention=shape.layers * (projections + norms) + shape.hidden,
+        embedding=shape.vocab * shape.hidden * (1 if shape.tied else 2),
+    )
+
+
+def mlp_shapes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(out, in) of every MLP matrix, Phi's gate and up fused in one."""
+    h, i = shape.hidden, shape.intermediate
+    block = {"phi3": {"gate_up_proj": (2 * i, h), "down_proj": (h, i)},
+             "qwen3": {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}}[shape.family]  # fmt: skip
+    return {f"model.layers.{n}.mlp.{name}": mn for n in range(shape.layers) for name, mn in block.items()}
+
+
+def cache_bytes(config: Config) -> int:
+    """Bytes of one cache before Parquet's compression: ids and log-probabilities of 4 bytes, log-normalisers."""
+    per_position = 8 * config.teacher.k + 4 * len(config.teacher.temperatures)
+    positions = config.corpus.samples * (config.corpus.seq_len - 1)
+    return positions * per_position + 4 * config.corpus.samples * config.corpus.seq_len
+
+
+def training_gb(config: Config, shape: Shape, sparsity: float = 0.0) -> float:
+    """GB per worker while distilling a student of this size with ZeRO (bf16)."""
+    counts, workers = parameters(shape), config.execution.workers
+    total = counts.total - int(sparsity * counts.mlp)
+    trained = total if config.distill.train_embeddings else total - counts.embedding
+    gradients = 2 * trained / (workers if config.execution.zero_stage == 2 else 1)
+    optimizer = 0 if config.execution.offload else 12 * trained / workers
+    # logits and their gradient in fp32, three copies at the loss's peak, and the head's gradient if it is trained
+    loss = 3 * 4 * LOSS_ROWS * shape.vocab + (4 * counts.embedding if config.distill.train_embeddings else 0)
+    return (2 * total + gradients + optimizer + loss + BUCKETS + activation_bytes(config, shape)) / GB
+
+
+def activation_bytes(config: Config, shape: Shape) -> int:
+    """Bytes kept for the backward pass of one micro-batch: all of every block, or each block's input and one block."""
+    tokens = config.execution.micro_batch * config.corpus.seq_len
+    block = 2 * tokens * (14 * shape.hidden + 4 * shape.intermediate)
+    if config.execution.recompute:
+        return 2 * tokens * shape.hidden * shape.layers + block
+    return block * shape.layers
+
+
+def capture_gb(shape: Shape) -> float:
+    """GB per teacher actor: bf16 weights and a chunk of logits."""
+    return (2 * parameters(shape).total + 2 * 4 * LOSS_ROWS * shape.vocab) / GB

@@ -1,0 +1,187 @@
+"""A cascade from its settings to its report: what `jobs/cascade.py` runs.
+
+Checks first everything that can be known without work, prints the plan, takes the run's lease, makes what is missing,
+and writes `<store>/runs/<name>/`: settings.yaml, plan.json, metrics.jsonl and, once all is made, the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsekd_ray import corpus
+from sparsekd_ray.cascade import console
+from sparsekd_ray.cascade.plan import Step, plan
+from sparsekd_ray.config import Config
+from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.model import source
+from sparsekd_ray.prune.allocate import max_sparsity
+from sparsekd_ray.store import Store
+
+Say = Callable[[str], None]
+
+
+def main(config: Config, command: str, dry_run: bool, say: Say) -> None:
+    """Runs the cascade, or with `dry_run` only prints what it would do."""
+    started = time.monotonic()
+    store = Store(_store_root(config), config.execution.scratch)
+    steps = preflight(config)
+    if not dry_run:
+        store.check()
+    records = find(steps, store)
+    say(console.plan_text(config, steps, records))
+    if dry_run:
+        return
+    reused = set(records)
+    with store.lease(f"runs/{config.name}/driver", f"run {config.name}"):
+        write_run(config, steps, store)
+        if len(records) < len(steps):
+            from sparsekd_ray.cascade import driver  # imports Ray
+
+            driver.run(config, steps, store, say)
+            records = find(steps, store)
+        facts = {"command": command, "reused": reused, "seconds": time.monotonic() - started}
+        report(config, steps, records, store, facts, say)
+
+
+def preflight(config: Config) -> list[Step]:
+    """The plan, once every setting that can be checked without work has been; changes nothing."""
+    shapes = source.mlp_shapes(config.model)
+    if shapes and config.cascade.rounds:
+        limit, asked = max_sparsity(shapes, config.prune.align), config.cascade.rounds[-1].sparsity
+        if asked > limit:
+            raise ConfigError(
+                f"cascade.rounds asks for sparsity {asked:g}; truncated SVD of this model with ranks in multiples of "
+                f"{config.prune.align} can remove at most {limit:.4f} of the MLP parameters"
+            )
+    standin, shape = config.model.standin, config.model.shape
+    vocab = standin.vocab if standin else shape.vocab if shape else None
+    if vocab is not None and config.teacher.k >= vocab:
+        raise ConfigError(
+            f"teacher.k is {config.teacher.k}, the vocabulary has {vocab} entries: k must be smaller"
+        )
+    identity = {} if standin else source.identify(config.model)
+    return plan(config, corpus.identify, identity)
+
+
+def find(steps: list[Step], store: Store) -> dict[str, dict[str, Any]]:
+    """Records of the steps that are done."""
+    return {step.name: record for step in steps if (record := store.record(step.ref)) is not None}
+
+
+def write_run(config: Config, steps: list[Step], store: Store) -> None:
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    listing = [
+        {"step": s.name, "artifact": s.ref.key, "inputs": s.inputs, "identity": s.identity} for s in steps
+    ]
+    store.write_text(f"runs/{config.name}/settings.yaml", settings)
+    store.write_text(f"runs/{config.name}/plan.json", json.dumps(listing, indent=1))
+
+
+def report(
+    config: Config,
+    steps: list[Step],
+    records: dict[str, dict[str, Any]],
+    store: Store,
+    facts: dict[str, Any],
+    say: Say,
+) -> None:
+    """Writes report and metrics, and prints where they are and how to load the smallest model.
+
+    A run in which everything was there already keeps the report of the run that made it.
+    """
+    folder = f"runs/{config.name}"
+    if facts["reused"] >= set(records) and store.read_text(f"{folder}/summary.json") is not None:
+        say("nothing to do: every step was done before")
+    else:
+        _render(config, steps, records, store, facts)
+    say(f"\nreport   {store.root}/{folder}/report.html")
+    exports = [step for step in steps if step.kind == "export"]
+    if exports:
+        say(f"model    {store.root}/{exports[-1].ref.key}/low-rank")
+        say(f"load it  {_load_command(store, exports[-1])}")
+
+
+def _render(
+    config: Config, steps: list[Step], records: dict[str, dict[str, Any]], store: Store, facts: dict[str, Any]
+) -> None:
+    from sparsekd_ray.cascade.report import render
+    from sparsekd_ray.cascade.summary import summarise
+
+    run = facts | {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commands": _commands(config, steps, store, facts["command"]),
+        "versions": {name: version(name) for name in ("torch", "transformers", "ray", "deepspeed", "pyarrow")}
+        | {"python": platform.python_version()},
+        "hardware": _hardware(config),
+    }
+    summary = summarise(config, steps, records, run)
+    summary.pop("reused")
+    with tempfile.TemporaryDirectory() as folder:
+        render(summary, Path(folder))
+        (Path(folder) / "metrics.jsonl").write_text(metrics_jsonl(steps, records))
+        for path in sorted(Path(folder).iterdir()):
+            store.write_text(f"runs/{config.name}/{path.name}", path.read_text())
+
+
+def metrics_jsonl(steps: list[Step], records: dict[str, dict[str, Any]]) -> str:
+    """One line per finished step: what it is, what it measured."""
+    rows = [
+        {"step": step.name, "kind": step.kind, "artifact": step.ref.key}
+        | {key: records[step.name][key] for key in ("created", "seconds", "metrics")}
+        for step in steps
+    ]
+    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+
+
+def _commands(config: Config, steps: list[Step], store: Store, command: str) -> list[dict[str, str]]:
+    exports = [step for step in steps if step.kind == "export"]
+    found = [{"what": "this run, and resuming it", "command": command}]
+    return found + [{"what": f"load: {step.name}", "command": _load_command(store, step)} for step in exports]
+
+
+def _load_command(store: Store, step: Step) -> str:
+    if store.remote:
+        return f"aws s3 cp --recursive {store.root}/{step.ref.key}/merged student  # then from_pretrained('student')"
+    path = f"{store.root}/{step.ref.key}/low-rank"
+    return (
+        'python -c "from transformers import AutoModelForCausalLM; '
+        f"print(AutoModelForCausalLM.from_pretrained('{path}', trust_remote_code=True))\""
+    )
+
+
+def _hardware(config: Config) -> str:
+    execution = config.execution
+    if execution.gpus:
+        cards = ", ".join(f"{card.count} × {card.name}" for card in execution.cards) or "GPUs of the cluster"
+        return f"{cards}; {execution.workers} workers; bf16 with fp32 master weights, perplexities in fp32 on the CPU"
+    cpus, machine = os.cpu_count(), platform.machine()
+    return f"{cpus} {machine} CPU cores; {execution.workers} workers; fp32, because bf16 is far slower on most CPUs"
+
+
+def _store_root(config: Config) -> str:
+    """Refuses a relative path in a submitted job, whose working directory is a temporary copy."""
+    root = config.execution.store
+    local = "://" not in root and not root.startswith(("/", "~"))
+    if (
+        local
+        and os.environ.get("RAY_JOB_ID") is None
+        and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") is None
+    ):
+        return str(Path(root).absolute())
+    if local:
+        raise ConfigError(
+            f"execution.store is {root!r}, relative to the temporary directory of a submitted job: give an absolute "
+            "path that every node sees, or s3://bucket/prefix"
+        )
+    return root

@@ -1,0 +1,99 @@
+"""Runs one step in the present process: fetches its inputs, calls its stage, commits its artifact.
+
+The only place that knows which function makes which kind of artifact. Captures and distillations are not here: they
+are spread over actors and workers by the driver.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsekd_ray.cascade.plan import Step
+from sparsekd_ray.kept import Kept
+from sparsekd_ray.store import Ref, Store
+
+Say = Callable[[str], None]
+
+
+def run(step: Step, parents: dict[str, Ref], store: Store, say: Say) -> None:
+    """Makes the artifact of `step`; `parents` maps its roles to the artifacts they name."""
+    started = time.monotonic()
+    with store.building(step.ref) as out:
+        metrics = _stage(step, parents, out, store, say)
+    store.commit(
+        step.ref,
+        identity=step.identity,
+        inputs={role: ref.key for role, ref in parents.items()},
+        metrics=metrics,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _stage(step: Step, parents: dict[str, Ref], out: Path, store: Store, say: Say) -> dict[str, Any]:
+    inputs = {role: store.fetch(ref) for role, ref in parents.items()}
+    match step.kind:
+        case "tokenizer":
+            from sparsekd_ray import corpus
+            from sparsekd_ray.model import standin
+
+            texts, settings = step.settings
+            documents = corpus.train_documents(texts.sources, step.seed, texts.held_out)
+            return standin.train_tokenizer(documents, settings.vocab, texts.seq_len, out)
+        case "corpus":
+            from sparsekd_ray import corpus
+
+            return corpus.build(step.settings, inputs["tokenizer"], out, seed=step.seed, say=say)
+        case "dense" if "texts" in inputs:
+            from sparsekd_ray.model import standin
+
+            kept = Kept(store, step.ref)
+            return standin.pretrain(
+                step.settings, inputs["texts"], out, seed=step.seed, checkpoints=kept, say=say
+            )
+        case "dense":
+            from sparsekd_ray.model import source
+
+            return source.adopt(step.settings, out, say)
+        case "prune":
+            from sparsekd_ray.prune.apply import prune
+
+            settings, sparsity = step.settings
+            dense = _metrics(store, parents["dense"])["mlp_params"]
+            return prune(
+                inputs["model"], out, sparsity=sparsity, align=settings.align, dense_mlp_params=dense, say=say
+            )
+        case "evaluate":
+            return _evaluate(step, inputs, out, say)
+        case "export":
+            from sparsekd_ray.model.export import export
+
+            return export(inputs["model"], out, card_facts=_card_facts(step, inputs), say=say)
+    raise AssertionError(f"no stage makes a {step.kind}")
+
+
+def _evaluate(step: Step, inputs: dict[str, Path], out: Path, say: Say) -> dict[str, Any]:
+    from sparsekd_ray import corpus
+    from sparsekd_ray.evaluate.perplexity import evaluate
+    from sparsekd_ray.model import checkpoint
+
+    model = checkpoint.load(inputs["model"])
+    figures = evaluate(model, corpus.domain_streams(inputs["texts"], "test"), step.settings.window, say)
+    (out / "perplexity.json").write_text(json.dumps(figures, indent=1, sort_keys=True))
+    return figures
+
+
+def _metrics(store: Store, ref: Ref) -> dict[str, Any]:
+    """The measured figures in an artifact's record."""
+    record = store.record(ref)
+    assert record is not None, f"{ref.key} was fetched"
+    return record["metrics"]
+
+
+def _card_facts(step: Step, inputs: dict[str, Path]) -> dict[str, Any]:
+    figures = json.loads((inputs["figures"] / "perplexity.json").read_text())
+    dense = json.loads((inputs["dense"] / "perplexity.json").read_text())
+    return {"sparsity": step.identity["sparsity"], "perplexity": figures, "dense_perplexity": dense}

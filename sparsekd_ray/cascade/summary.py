@@ -1,0 +1,237 @@
+"""Records of a finished plan → the one dictionary that report.html, report.md and summary.json are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean, stdev
+from typing import Any
+
+from sparsekd_ray.cascade import console
+from sparsekd_ray.cascade.plan import Step, seeded
+from sparsekd_ray.config import Config
+
+Records = Mapping[str, dict[str, Any]]
+CONTROLS = {"dense+kd": "Dense + KD", "ce-only": "CE only", "kl-only": "KL only"}
+
+
+def summarise(config: Config, steps: list[Step], records: Records, run: Mapping[str, Any]) -> dict[str, Any]:
+    """`run` holds what only the driver knows: command, times, which steps were reused, versions, hardware, paths."""
+    book = _Book(config, steps, records)
+    figures = book.metrics("evaluate dense")
+    return {
+        **run,
+        "run": config.name,
+        "seeds": list(config.cascade.seeds),
+        "protocol": _protocol(figures),
+        "corpus": _corpus(config, book),
+        "dense": _dense(config, book),
+        "rows": [_dense_row(book), *_control_rows(config, book), *_round_rows(config, book)],
+        "curves": _curves(config, book),
+        "steps": [_step(step, book, run["reused"]) for step in steps],
+        "settings": config.model_dump(mode="json"),
+    }
+
+
+class _Book:
+    """Looks artifacts up by a step's name, also where an equal step earlier in the plan stands for it."""
+
+    def __init__(self, config: Config, steps: list[Step], records: Records) -> None:
+        self.records = records
+        self.steps = {step.name: step for step in steps}
+        self.by_input = {(step.kind, step.inputs.get("model")): step for step in steps}
+        self.dense_ppl = records["evaluate dense"]["metrics"]["sliding"]["ppl"]
+
+    def metrics(self, name: str) -> dict[str, Any]:
+        return self.records[name]["metrics"]
+
+    def figures(self, model: str) -> dict[str, Any]:
+        """What was measured of a model, by the name of the step that made it."""
+        return self.metrics(self.by_input["evaluate", model].name)
+
+
+def _protocol(figures: dict[str, Any]) -> dict[str, Any]:
+    window, stride = figures["window"], figures["stride"]
+    sentence = (
+        f"Perplexity per token on held-out documents: windows of {window} tokens with stride {stride}, every "
+        f"prediction of every window counted; beside it the same on windows of {window} that do not overlap. Text "
+        "of one domain is joined by the end-of-text token; precision as named under hardware."
+    )
+    return {"window": window, "stride": stride, "sentence": sentence}
+
+
+def _corpus(config: Config, book: _Book) -> dict[str, Any]:
+    tokens = book.metrics("corpus")["tokens"]
+    standin = config.model.standin
+    unseen = set(standin.unseen) if standin else set()
+    trained_on = (
+        {s.name for s in standin.sources} if standin and standin.sources else set(tokens["train"]) - unseen
+    )
+    domains = {
+        name: {
+            "train_tokens": tokens["train"].get(name, 0),
+            "test_tokens": tokens["test"].get(name, 0),
+            "in_dense_training": name in trained_on if standin else None,
+        }
+        for name in tokens["train"]
+    }
+    shared = [source.name for source in config.corpus.sources if source.test is not None]
+    warning = (
+        f"The training mix holds the training split of {', '.join(shared)}, and the figures are measured on the "
+        "test split of the same: part of any gain is adaptation to the domain, which the control CE only shows."
+        if shared
+        else "The training mix and the test text are different documents of the same domains: part of any gain is "
+        "adaptation to these domains, which the control CE only shows."
+    )
+    total = sum(tokens["train"].values())
+    return {
+        "artifact": book.steps["corpus"].ref.key,
+        "train_tokens": total,
+        "domains": domains,
+        "warning": warning,
+    }
+
+
+def _dense(config: Config, book: _Book) -> dict[str, Any]:
+    metrics = book.metrics("dense")
+    note = (
+        f"The dense model is a stand-in of the Phi-3 architecture with {metrics['params'] / 1e6:.2f} M parameters, "
+        f"trained by this cascade on {metrics['tokens']:,} tokens: small and partly trained. Its figures show that "
+        "the system works, not what a large model would do."
+        if config.model.standin
+        else None
+    )
+    keys = ("params", "mlp_params")
+    return {"artifact": book.steps["dense"].ref.key, "note": note} | {key: metrics[key] for key in keys}
+
+
+def _dense_row(book: _Book) -> dict[str, Any]:
+    figures = book.figures("dense")
+    return _row(book, "Dense", "dense", {"": figures}) | {
+        "artifact": book.steps["dense"].ref.key,
+        "sparsity_requested": 0.0,
+        "sparsity": 0.0,
+        "params": book.metrics("dense")["params"],
+        "mlp_params": book.metrics("dense")["mlp_params"],
+    }
+
+
+def _control_rows(config: Config, book: _Book) -> list[dict[str, Any]]:
+    return [
+        _trained_row(config, book, CONTROLS[control], "control", control, None)
+        for control in config.cascade.controls
+    ]
+
+
+def _round_rows(config: Config, book: _Book) -> list[dict[str, Any]]:
+    return [
+        _trained_row(config, book, f"Round {number}", "round", f"round {number}", number)
+        for number in range(1, len(config.cascade.rounds) + 1)
+    ]
+
+
+def _trained_row(
+    config: Config, book: _Book, title: str, kind: str, name: str, number: int | None
+) -> dict[str, Any]:
+    """The row of one control or round, over all seeds."""
+    names = {str(seed): seeded(name, config, seed) for seed in config.cascade.seeds}
+    first = names[str(config.cascade.seeds[0])]
+    step, metrics = book.steps[first], book.metrics(first)
+    source = book.steps[step.inputs["student"]]
+    row = _row(book, title, kind, {seed: book.figures(n) for seed, n in names.items()})
+    row |= {
+        "params": book.metrics(source.name)["params"],
+        "mlp_params": book.metrics(source.name)["mlp_params"],
+        "sparsity": book.metrics(source.name).get("sparsity", 0.0),
+        "trained_tokens": _trained_tokens(book, first),
+        "lr": step.settings.lr,
+        "stopped": metrics["stopped"],
+        "artifact": step.ref.key,
+    }
+    teacher = book.steps[book.steps[step.inputs["cache"]].inputs["teacher"]]
+    row |= {"teacher": "dense", "teacher_ppl": book.figures(teacher.name)["sliding"]["ppl"]}
+    if number is None:
+        return row | {"sparsity_requested": 0.0}
+    round_ = config.cascade.rounds[number - 1]
+    pre = fmean(book.figures(book.steps[n].inputs["student"])["sliding"]["ppl"] for n in names.values())
+    excess = pre - book.dense_ppl
+    export = book.by_input["export", first]
+    return row | {
+        "teacher": round_.teacher,
+        "sparsity_requested": round_.sparsity,
+        "oneshot_ppl": _oneshot(book, round_.sparsity),
+        "pre_ppl": pre,
+        "recovered": (pre - row["ppl"]) / excess if excess > 0 else None,
+        "export": export.ref.key,
+    }
+
+
+def _row(book: _Book, title: str, kind: str, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    per_seed = {seed: f["sliding"]["ppl"] for seed, f in figures.items()}
+    ppl = fmean(per_seed.values())
+    domains = next(iter(figures.values()))["sliding"]["domains"]
+    return {
+        "stage": title,
+        "kind": kind,
+        "ppl": ppl,
+        "std": stdev(per_seed.values()) if len(per_seed) > 1 else None,
+        "per_seed": {seed: value for seed, value in per_seed.items() if seed},
+        "disjoint_ppl": fmean(f["disjoint"]["ppl"] for f in figures.values()),
+        "domains": {d: fmean(f["sliding"]["domains"][d]["ppl"] for f in figures.values()) for d in domains},
+        "vs_dense": ppl / book.dense_ppl - 1,
+        "teacher": None,
+        "teacher_ppl": None,
+        "oneshot_ppl": None,
+        "pre_ppl": None,
+        "recovered": None,
+        "trained_tokens": 0,
+        "lr": None,
+        "stopped": None,
+        "export": None,
+    }
+
+
+def _oneshot(book: _Book, sparsity: float) -> float:
+    """Perplexity of the dense model cut to this size at once and not trained."""
+    step = next(
+        s
+        for s in book.steps.values()
+        if s.kind == "prune" and s.identity["sparsity"] == sparsity and s.inputs["model"] == "dense"
+    )
+    return book.figures(step.name)["sliding"]["ppl"]
+
+
+def _trained_tokens(book: _Book, name: str) -> int:
+    """Tokens of all distillations on the way from the dense model to this one."""
+    step = book.steps[name]
+    own = book.metrics(name)["trained_tokens"] if step.kind == "distill" else 0
+    before = step.inputs.get("student") or (step.inputs.get("model") if step.kind == "prune" else None)
+    return own + (_trained_tokens(book, before) if before else 0)
+
+
+def _curves(config: Config, book: _Book) -> list[dict[str, Any]]:
+    titles: list[tuple[str, str]] = [(CONTROLS[c], c) for c in config.cascade.controls]
+    titles += [(f"Round {n}", f"round {n}") for n in range(1, len(config.cascade.rounds) + 1)]
+    keys = ("step", "tokens", "valid_ppl", "valid_domains")
+    return [
+        {
+            "stage": title,
+            "seed": seed,
+            "best_step": book.metrics(seeded(name, config, seed))["best_step"],
+            "points": [{k: p[k] for k in keys} for p in book.metrics(seeded(name, config, seed))["history"]],
+        }
+        for title, name in titles
+        for seed in config.cascade.seeds
+    ]
+
+
+def _step(step: Step, book: _Book, reused: set[str]) -> dict[str, Any]:
+    record = book.records[step.name]
+    return {
+        "name": step.name,
+        "kind": step.kind,
+        "artifact": step.ref.key,
+        "inputs": list(step.inputs.values()),
+        "seconds": record["seconds"],
+        "reused": step.name in reused,
+        "figure": console.figure(step.kind, record),
+    }

@@ -1,0 +1,76 @@
+"""Token shards on disk: `<split>/00000.parquet`, … of sample_id, domain and input_ids (`seq_len` int32 each).
+
+`sample_id` is `<domain>-<split>-<index>`, the index counted inside domain and split, so consecutive rows of a
+domain are consecutive text wherever a permutation has put them. The bytes hold no time and no place: equal
+settings give equal files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsekd_ray.errors import CorpusError
+
+MANIFEST = "manifest.json"
+SCHEMA = pa.schema([("sample_id", pa.string()), ("domain", pa.string()), ("input_ids", pa.list_(pa.int32()))])
+
+
+def domain_table(domain: str, split: str, rows_NL: np.ndarray) -> pa.Table:
+    """Rows of one domain and split (N rows of L tokens) with their sample ids."""
+    count, length = rows_NL.shape
+    ids = [f"{domain}-{split}-{index:06d}" for index in range(count)]
+    offsets = np.arange(count + 1, dtype=np.int32) * np.int32(length)
+    tokens = pa.ListArray.from_arrays(offsets, rows_NL.reshape(-1))
+    return pa.Table.from_arrays(
+        [pa.array(ids, pa.string()), pa.array([domain] * count, pa.string()), tokens], schema=SCHEMA
+    )
+
+
+def write_shards(table: pa.Table, folder: Path, shard_rows: int) -> None:
+    """Cuts a table into files of `shard_rows` rows, the last one with what remains."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, table.num_rows, shard_rows)):
+        pq.write_table(table.slice(start, shard_rows), folder / f"{number:05d}.parquet", compression="zstd")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What the corpus stage wrote down of itself: sizes, tokenizer, rows by split, domain and shard."""
+    return json.loads((directory / MANIFEST).read_text())
+
+
+def read_shard(path: Path) -> pa.Table:
+    """The rows of one shard."""
+    return pq.read_table(path, schema=SCHEMA)
+
+
+def read_rows(directory: Path, split: str) -> pa.Table:
+    """All rows of one split of a corpus directory, in the order of its shards."""
+    shards = sorted((directory / split).glob("*.parquet"))
+    if not shards:
+        raise CorpusError(f"{directory} holds no {split} shards; a corpus has train/, valid/ and test/")
+    return pa.concat_tables([read_shard(shard) for shard in shards])
+
+
+def domain_streams(directory: Path, split: str) -> dict[str, np.ndarray]:
+    """Every domain's rows joined in the order of the text: {domain: int32 tokens}."""
+    table = read_rows(directory, split)
+    domains = np.array(table["domain"].to_pylist())
+    index = np.array([int(sample.rpartition("-")[2]) for sample in table["sample_id"].to_pylist()])
+    rows_NL = table["input_ids"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+    order = np.argsort(index, kind="stable")
+    return {
+        name: rows_NL[order[domains[order] == name]].reshape(-1) for name in dict.fromkeys(domains.tolist())
+    }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """16 hex digits that two tokenizers share if and only if they map the same strings to the same ids."""
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]

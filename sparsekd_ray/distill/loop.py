@@ -1,0 +1,337 @@
+"""One worker of a distillation: read the teacher's shards, step, validate, checkpoint, stop, save.
+
+All workers run this same function over the same list of jobs, so one worker group serves several distillations.
+ZeRO averages gradients over workers; each worker's loss is therefore (workers / N) · Σ over its own positions, N being
+the step's positions over all workers, so that whatever the split, the gradient is that of the global mean.
+
+A checkpoint is written at every validation and exists once its `progress.json` is published: the DeepSpeed state of
+every worker, the best weights so far, and the history that decides when to stop. Resuming continues bit for bit.
+
+Shapes: B sequences, L tokens, K kept ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sparsekd_ray import corpus
+from sparsekd_ray.config import Distill, Execution
+from sparsekd_ray.distill import schedule
+from sparsekd_ray.distill.loss import Target, kd_loss
+from sparsekd_ray.distill.reader import SampleReader
+from sparsekd_ray.errors import IntegrityError
+from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, window_starts
+from sparsekd_ray.kept import PROGRESS, Kept, tag
+from sparsekd_ray.model import checkpoint
+from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.teacher import shards
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One distillation of `student` into `out`, on the `cache` of `teacher`, validated on `corpus`."""
+
+    title: str
+    student: Ref
+    cache: Ref
+    teacher: Ref
+    corpus: Ref
+    out: Ref
+    settings: Distill
+    seed: int
+    identity: dict[str, Any]
+    inputs: dict[str, str]
+
+
+@dataclass
+class Progress:
+    """All state of the loop beside the engine's: one small JSON file, readable by eye."""
+
+    step: int
+    world: int
+    best_step: int
+    history: list[dict[str, Any]]
+
+    @property
+    def perplexities(self) -> list[float]:
+        return [point["valid_ppl"] for point in self.history]
+
+
+class Student(nn.Module):
+    """A causal language model whose forward pass is the distillation loss; it owns the head the loss needs."""
+
+    def __init__(self, model: Any, settings: Distill) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(
+        self, input_ids_BL: torch.Tensor, labels_N: torch.Tensor, target: Target, positions: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss to differentiate, Σ KL and Σ CE; `positions` is the number of predictions of the whole step."""
+        hidden_BLD = self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state[:, :-1]
+        return kd_loss(
+            hidden_BLD.flatten(0, 1),
+            self.model.get_output_embeddings().weight,
+            labels_N,
+            target,
+            temperature=self.settings.temperature,
+            kl_weight=self.settings.alpha / positions,
+            ce_weight=(1 - self.settings.alpha) / positions,
+        )
+
+
+def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
+    """Runs one job on this worker, in step with the others; worker 0 commits the student."""
+    rank, world = _rank_and_world()
+    if _agree(store.record(job.out) is not None):
+        return
+    started, settings = time.monotonic(), job.settings
+    torch.manual_seed(job.seed)
+    reader = SampleReader(store, job.cache)
+    source, texts = store.fetch(job.student), store.fetch(job.corpus)
+    valid = corpus.domain_streams(texts, "valid")
+    model = checkpoint.load(source)
+    _check(reader.manifest, model.config.vocab_size, corpus.read_manifest(texts), job)
+    _freeze(model, settings)
+    if execution.recompute:
+        model.gradient_checkpointing_enable()
+    steps = schedule.total_steps(reader.samples, settings.batch, settings.epochs)
+    sizes = schedule.micro_batches(settings.batch, world, execution.micro_batch)
+    engine = _engine(Student(model, settings), settings, execution, len(sizes[0]))
+    kept = Kept(store, job.out)
+    progress, best = _resume(job, engine, kept, say) or (Progress(0, world, 0, []), {})
+
+    def validate_and_save(losses: list[float]) -> None:
+        nonlocal best
+        point = _validate(model, valid, reader.seq_len) | {"step": progress.step, "loss": losses}
+        progress.history.append(point | {"tokens": progress.step * settings.batch * (reader.seq_len - 1)})
+        if rank == 0:
+            say(_line(job.title, progress, steps, settings, started))
+        if point["valid_ppl"] == min(progress.perplexities):
+            progress.best_step = progress.step
+            best = _weights(model) if rank == 0 else {}
+        _save(engine, kept, progress, best)
+
+    if not progress.history:
+        validate_and_save([0.0, 0.0])
+    sums = torch.zeros(2, dtype=torch.float64)
+    while progress.step < steps and not schedule.verdict(
+        progress.perplexities, settings.patience, settings.min_gain
+    ):
+        sums += _step(engine, reader, job, progress.step, steps, sizes, rank)
+        progress.step += 1
+        if progress.step % settings.validate_every == 0 or progress.step == steps:
+            since = progress.step - progress.history[-1]["step"]
+            validate_and_save((_total(sums) / (since * settings.batch * (reader.seq_len - 1))).tolist())
+            sums.zero_()
+    _barrier()
+    if rank == 0:
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(best[name])
+        _commit(job, store, model, source, progress, steps, time.monotonic() - started)
+    engine.destroy()
+    _barrier()
+
+
+def _step(
+    engine: Any, reader: SampleReader, job: Job, step: int, steps: int, sizes: list[list[int]], rank: int
+) -> torch.Tensor:
+    """One optimiser step; returns this worker's Σ KL and Σ CE."""
+    settings = job.settings
+    for group in engine.optimizer.param_groups:
+        group["lr"] = schedule.learning_rate(step, steps, settings.lr, settings.warmup)
+    samples = schedule.batch_at(step, settings.batch, reader.shard_rows, job.seed)
+    positions = settings.batch * (reader.seq_len - 1)
+    cursor = sum(sum(worker) for worker in sizes[:rank])
+    sums = torch.zeros(2, dtype=torch.float64)
+    for size in sizes[rank]:
+        # an empty share still takes part in the collectives: one row, no label counted
+        rows = samples[cursor : cursor + size] or samples[:1]
+        cursor += size
+        batch = reader.batch(rows, settings.temperature, engine.device)
+        labels_N = batch.labels_N if size else torch.full_like(batch.labels_N, -1)
+        loss, kl, ce = engine(batch.input_ids_BL, labels_N, batch.target, positions)
+        # ZeRO divides by the number of workers, `positions` has already divided by everything else
+        engine.backward(loss * len(sizes), scale_wrt_gas=False)
+        engine.step()
+        sums += torch.stack([kl, ce]).double().cpu()
+    return sums
+
+
+def _engine(student: Student, settings: Distill, execution: Execution, micro_steps: int) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    # on a CPU this op would be compiled for 90 seconds at the first start; gloo does its work
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    zero: dict[str, Any] = {"stage": execution.zero_stage}
+    if execution.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    optimizer = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": [0.9, 0.95]}
+    options = {
+        "train_micro_batch_size_per_gpu": execution.micro_batch,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": settings.grad_clip,
+        "zero_optimization": zero,
+        "bf16": {"enabled": torch.cuda.is_available()},
+        "optimizer": {"type": "AdamW", "params": optimizer | {"torch_adam": not execution.offload}},
+        "steps_per_print": 10**9,
+    }
+    trained = [p for p in student.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=student, model_parameters=trained, config=options)
+    return engine
+
+
+def _check(cached: dict[str, Any], vocab_size: int, texts: dict[str, Any], job: Job) -> None:
+    """Refuses a cache that does not belong to this student, its teacher and its text, or lacks the temperature."""
+    shards.check(
+        cached,
+        tokenizer_hash=texts["tokenizer_hash"],
+        vocab_size=vocab_size,
+        teacher=job.teacher.fingerprint,
+        corpus=job.corpus.fingerprint,
+    )
+    shards.log_z_column(cached, job.settings.temperature)
+
+
+def _freeze(model: Any, settings: Distill) -> None:
+    if not settings.train_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
+
+
+def _validate(model: Any, streams: dict[str, Any], seq_len: int) -> dict[str, Any]:
+    """Perplexity on disjoint windows, shared out over the workers; the same figure on all of them."""
+    rank, world = _rank_and_world()
+    model.eval()
+    sums = torch.zeros(len(streams), 2, dtype=torch.float64)
+    for row, stream in enumerate(streams.values()):
+        mine = window_starts(len(stream), seq_len, seq_len)[rank::world]
+        for nll, count in window_nll(model, stream, mine, seq_len):
+            sums[row] += torch.tensor([nll, count], dtype=torch.float64)
+    model.train()
+    parts = [(nll, int(count)) for nll, count in _total(sums).tolist()]
+    domains = {domain: perplexity([part]) for domain, part in zip(streams, parts, strict=True)}
+    return {"valid_ppl": perplexity(parts), "valid_domains": domains}
+
+
+def _save(engine: Any, kept: Kept, progress: Progress, best: dict[str, torch.Tensor]) -> None:
+    """Publishes a checkpoint, each worker its own part and `progress.json` last, then drops the one before it."""
+    rank, _ = _rank_and_world()
+    folder = kept.folder() / tag(progress.step)
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    if rank == 0:
+        save_file(best, folder / "best.safetensors")
+    of_a_worker = [path for path in sorted(folder.iterdir()) if "zero_pp_rank_" in path.name]
+    kept.publish([path for path in of_a_worker if f"zero_pp_rank_{rank}_" in path.name])
+    _barrier()
+    if rank == 0:
+        (folder / PROGRESS).write_text(json.dumps(vars(progress)))
+        kept.publish(
+            [
+                p
+                for p in sorted(folder.iterdir())
+                if p not in of_a_worker and p.name[0] != "." and p.name != PROGRESS
+            ]
+        )
+        kept.publish([folder / PROGRESS])
+        kept.drop_before(progress.step)
+    _barrier()
+
+
+def _resume(job: Job, engine: Any, kept: Kept, say: Say) -> tuple[Progress, dict[str, torch.Tensor]] | None:
+    """Loads the newest complete checkpoint into the engine; None where there is none to continue from."""
+    rank, world = _rank_and_world()
+    newest = _agree(kept.newest())
+    if newest is None:
+        return None
+    folder = kept.fetch(newest)
+    progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+    if progress.world != world:
+        # optimiser states are cut for a number of workers
+        if rank == 0:
+            say(f"{job.title}: checkpoint of {progress.world} workers, now {world}: starting this step again")
+        return None
+    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if engine.global_steps != progress.step:
+        raise IntegrityError(
+            f"{folder}: step {engine.global_steps} loaded, {progress.step} recorded; remove this folder"
+        )
+    if rank == 0:
+        say(f"{job.title}: resumes at step {progress.step}")
+    return progress, load_file(folder / "best.safetensors")
+
+
+def _commit(
+    job: Job, store: Store, model: Any, source: Path, progress: Progress, steps: int, seconds: float
+) -> None:
+    out = store.workdir(job.out)
+    checkpoint.save(model, source, out, f"A student of sparsekd-ray, step `{job.title}`, before export.\n")
+    settings = job.settings
+    stopped = schedule.verdict(progress.perplexities, settings.patience, settings.min_gain) or "budget"
+    metrics = {
+        "steps": progress.step,
+        "planned_steps": steps,
+        "trained_tokens": progress.history[-1]["tokens"],
+        "best_step": progress.best_step,
+        "valid_ppl": min(progress.perplexities),
+        "stopped": stopped,
+        "history": progress.history,
+    }
+    store.commit(job.out, identity=job.identity, inputs=job.inputs, metrics=metrics, seconds=seconds)
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of the weights in host memory; a tied tensor is one parameter."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+def _line(title: str, progress: Progress, steps: int, settings: Distill, started: float) -> str:
+    point = progress.history[-1]
+    lr = schedule.learning_rate(max(0, progress.step - 1), steps, settings.lr, settings.warmup)
+    rate = point["tokens"] / (time.monotonic() - started)
+    kl, ce = point["loss"]
+    return (
+        f"{title}: step {progress.step}/{steps}  KL {kl:.3f}  CE {ce:.3f}  lr {lr:.1e}  "
+        f"valid ppl {point['valid_ppl']:.2f}  {rate:,.0f} tokens/s"
+    )
+
+
+def _rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _total(sums: torch.Tensor) -> torch.Tensor:
+    """Sum over the workers."""
+    if dist.is_initialized():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        moved = sums.to(device, copy=True)
+        dist.all_reduce(moved)
+        return moved.cpu()
+    return sums.clone()
+
+
+def _agree(value: Any) -> Any:
+    """Worker 0's value, on every worker."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,126 @@
+"""The distillation loss: KL to a sparse teacher at temperature T with a tail bucket, plus cross-entropy.
+
+    per position   α · T² · [ Σ_K t_i log(t_i / q_i) + t_r log(t_r / q_r) ]  +  (1 − α) · (−log softmax(x)_y)
+
+t and q are the teacher's and the student's probabilities at temperature T on the K kept ids; t_r and q_r are what
+is left for all other ids together: an exact (K+1)-way KL, never negative, a lower bound of the full one. T² keeps the
+gradient's scale independent of T (Hinton et al. 2015; SparseKD §IV-E).
+
+Logits exist for a chunk of positions at a time, and their gradient is formed in the forward pass:
+    dKL/dx_j = (q_j − t_j) / T on kept ids,   (q_j − t_r · r_j) / T elsewhere, r the softmax over the ids not kept,
+so neither [N, V] logits nor their gradient is ever held, and nothing is recomputed.
+
+Shapes: N positions, n positions of one chunk, D hidden size, V vocabulary, K kept ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+ROWS_PER_CHUNK = 512
+
+
+class Target(NamedTuple):
+    """The teacher at temperature T, see `teacher/signal.py: tempered`."""
+
+    ids_NK: torch.Tensor
+    logprobs_NK: torch.Tensor
+    tail_N: torch.Tensor
+
+
+def kd_loss(
+    hidden_ND: torch.Tensor,
+    head_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    target: Target,
+    *,
+    temperature: float,
+    kl_weight: float,
+    ce_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(kl_weight · T² · Σ KL + ce_weight · Σ CE, Σ KL, Σ CE) over the positions whose label is not negative.
+
+    Only the first value carries a gradient, to `hidden_ND` and, unless it is frozen, to `head_VD`.
+    The caller chooses the weights: α / N and (1 − α) / N for the mean over N positions, wherever those are.
+    """
+    loss, kl, ce = _ChunkedKD.apply(hidden_ND, head_VD, labels_N, target, temperature, kl_weight, ce_weight)
+    return loss, kl, ce
+
+
+class _ChunkedKD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        head_VD: torch.Tensor,
+        labels_N: torch.Tensor,
+        target: Target,
+        temperature: float,
+        kl_weight: float,
+        ce_weight: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        # fp32 whatever the head's type: thousands of chunks are added up
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if head_VD.requires_grad else None
+        kl_sum = hidden_ND.new_zeros((), dtype=torch.float32)
+        ce_sum = hidden_ND.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden_ND), ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            hidden_nD = hidden_ND[rows]
+            chunk = Target(*(column[rows] for column in target))
+            logits_nV = (hidden_nD @ head_VD.T).float()
+            kl, ce, grad_nV = chunk_loss(logits_nV, labels_N[rows], chunk, temperature, kl_weight, ce_weight)
+            kl_sum += kl
+            ce_sum += ce
+            grad_nV = grad_nV.to(hidden_ND.dtype)
+            torch.mm(grad_nV, head_VD, out=grad_hidden_ND[rows])
+            if grad_head_VD is not None:
+                grad_head_VD += grad_nV.T @ hidden_nD
+        ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
+        ctx.head_dtype = head_VD.dtype
+        ctx.mark_non_differentiable(kl_sum, ce_sum)
+        return kl_weight * temperature**2 * kl_sum + ce_weight * ce_sum, kl_sum, ce_sum
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale = grad_outputs[0]
+        grad_hidden_ND, grad_head_VD = ctx.saved_tensors
+        grad_head = None if grad_head_VD is None else (grad_head_VD * scale).to(ctx.head_dtype)
+        return grad_hidden_ND * scale.to(grad_hidden_ND.dtype), grad_head, None, None, None, None, None
+
+
+def chunk_loss(
+    logits_nV: torch.Tensor,
+    labels_n: torch.Tensor,
+    target: Target,
+    temperature: float,
+    kl_weight: float,
+    ce_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Σ KL and Σ CE of one chunk, and the gradient of `kl_weight · T² · KL + ce_weight · CE` to its logits [n, V]."""
+    valid_n = labels_n >= 0
+    ids_nK = target.ids_NK.long()
+    scaled_nV = logits_nV / temperature
+    log_q_nV = scaled_nV.log_softmax(-1)
+    # log-probabilities of the ids not kept, normalised among themselves: q_r needs no cancelling 1 − Σ q
+    others_nV = scaled_nV.scatter(1, ids_nK, -torch.inf)
+    log_r_nV = others_nV.log_softmax(-1)
+    log_q_tail_n = others_nV.logsumexp(-1) - scaled_nV.logsumexp(-1)
+
+    t_nK = target.logprobs_NK.exp()
+    kept_n = (t_nK * (target.logprobs_NK - log_q_nV.gather(1, ids_nK))).sum(-1)
+    tail_n = torch.where(target.tail_N > 0, target.tail_N * (target.tail_N.log() - log_q_tail_n), 0)
+    kl_n = (kept_n + tail_n).where(valid_n, 0)
+
+    # d(T² KL)/dx = T · (q − t), the tail's t_r spread as the student spreads it
+    grad_nV = log_q_nV.exp_().sub_(log_r_nV.exp_().mul_(target.tail_N[:, None]))
+    grad_nV.scatter_add_(1, ids_nK, -t_nK).mul_(kl_weight * temperature)
+
+    log_p_nV = logits_nV.log_softmax(-1)
+    safe_n1 = labels_n.clamp(min=0)[:, None]
+    ce_n = -log_p_nV.gather(1, safe_n1)[:, 0].where(valid_n, 0)
+    grad_nV.add_(log_p_nV.exp_(), alpha=ce_weight)
+    grad_nV.scatter_add_(1, safe_n1, torch.full_like(safe_n1, -ce_weight, dtype=grad_nV.dtype))
+    return kl_n.sum(), ce_n.sum(), grad_nV.mul_(valid_n[:, None])

@@ -1,0 +1,58 @@
+"""Batches for the loop out of the teacher's cache: any row of any shard, with a window of shards in memory.
+
+Shapes: B sequences, L tokens, N = B · (L − 1) predictions, K kept ids.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from sparsekd_ray.distill.loss import Target
+from sparsekd_ray.distill.schedule import SHARDS_IN_WINDOW
+from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.teacher import shards
+from sparsekd_ray.teacher.signal import tempered
+
+
+class Batch(NamedTuple):
+    input_ids_BL: torch.Tensor
+    labels_N: torch.Tensor
+    target: Target
+
+
+class SampleReader:
+    """Rows of a cache by (shard, row); every shard's checksum is verified before its first use."""
+
+    def __init__(self, store: Store, cache: Ref) -> None:
+        self.manifest = shards.read_manifest(store.fetch(cache, [shards.MANIFEST]))
+        self.shard_rows = tuple(self.manifest["shard_rows"])
+        self.samples, self.seq_len = sum(self.shard_rows), int(self.manifest["seq_len"])
+
+        @lru_cache(maxsize=SHARDS_IN_WINDOW)
+        def shard(index: int) -> shards.Rows:
+            name = shards.shard_name(index)
+            return shards.read(store.fetch(cache, [name]) / name, self.manifest)
+
+        self._shard = shard
+
+    def batch(self, samples: list[tuple[int, int]], temperature: float, device: Any) -> Batch:
+        """The samples as one batch on `device`, the teacher's probabilities tempered exactly."""
+        rows = [(self._shard(shard), row) for shard, row in samples]
+        input_ids_BL = torch.stack([shard.input_ids_BL[row] for shard, row in rows])
+        ids_NK = torch.cat([shard.topk_ids_BLK[row] for shard, row in rows])
+        logprobs_NK = torch.cat([shard.logprobs_BLK[row] for shard, row in rows])
+        column = shards.log_z_column(self.manifest, temperature)
+        log_z_N = (
+            torch.zeros(len(ids_NK))
+            if column is None
+            else torch.cat([shard.log_z_BLT[row, :, column] for shard, row in rows])
+        )
+        target = Target(ids_NK, *tempered(logprobs_NK, log_z_N, temperature))
+        return Batch(
+            input_ids_BL.to(device),
+            input_ids_BL[:, 1:].flatten().to(device),
+            Target(*(column.to(device) for column in target)),
+        )

@@ -1,0 +1,99 @@
+"""Ray Train around the loop: one worker group for a list of distillations, started again when a worker is lost."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from sparsekd_ray.config import Execution
+from sparsekd_ray.distill.loop import Job, Say, distill
+from sparsekd_ray.errors import SparseKDError
+from sparsekd_ray.store import Store
+
+COLLECTIVE_TIMEOUT_S = 120  # a lost worker is noticed after this long, not after torch's ten minutes
+
+
+def train(
+    jobs: list[Job], store: Store, execution: Execution, say: Say, lines: Callable[[str], None]
+) -> None:
+    """Runs `jobs` one after the other in one worker group; each commits its student to the store.
+
+    A lost worker restarts the group, which goes on from the last checkpoint, at most `execution.max_failures` times.
+    An error of ours (bad input, damaged artifact) would only come again and is raised at once.
+    `lines` is the picklable function with which workers print; `say` prints here.
+    """
+    # real models take longer to load than Ray's default of 30 s for a worker group to start
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
+    for failures in range(execution.max_failures + 1):
+        try:
+            _trainer(jobs, store, execution, lines).fit()
+            return
+        except TrainingFailedError as error:
+            ours = _cause(error)
+            if ours is not None or failures == execution.max_failures:
+                raise (ours or error) from None
+            say(f"worker group lost ({_short(error)}); restart {failures + 1} of {execution.max_failures}")
+
+
+def _trainer(
+    jobs: list[Job], store: Store, execution: Execution, lines: Callable[[str], None]
+) -> TorchTrainer:
+    resources = {"CPU": 1.0} | ({"GPU": 1.0} if execution.gpus else {})
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"jobs": jobs, "store": store, "execution": execution, "say": lines},
+        torch_config=TorchConfig(
+            backend="nccl" if execution.gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=execution.workers, use_gpu=execution.gpus, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex, failure_config=FailureConfig(max_failures=0), **_storage(store)
+        ),
+    )
+
+
+def _storage(store: Store) -> dict[str, Any]:
+    """A place that all nodes see, for Ray Train's own bookkeeping; our checkpoints do not pass through it."""
+    if not store.remote:
+        return {"storage_path": store.url("ray")}
+    import s3fs
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    # s3fs, as everywhere: pyarrow's own client does not speak to every S3 server
+    return {
+        "storage_path": store.url("ray").removeprefix("s3://"),
+        "storage_filesystem": PyFileSystem(FSSpecHandler(s3fs.S3FileSystem())),
+    }
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import torch
+
+    if not config["execution"].gpus:
+        torch.set_num_threads(1)
+    for job in config["jobs"]:
+        distill(job, config["store"], config["execution"], config["say"])
+        ray.train.report({"done": job.title})
+
+
+def _cause(error: TrainingFailedError) -> SparseKDError | None:
+    """The first of our own errors among the workers', if there is one."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
+    for failure in failures:
+        raised = getattr(failure, "_base_exc", failure)  # Ray Train wraps what the loop raised
+        if isinstance(raised, SparseKDError):
+            return raised
+    return None
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,25 @@
+"""Errors that a user may meet. Each message says what was found, what is allowed, and what to do."""
+
+
+class SparseKDError(Exception):
+    """Root of every error this package raises on purpose; picklable, since Ray carries it between processes."""
+
+
+class ConfigError(SparseKDError, ValueError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+
+class CorpusError(SparseKDError):
+    """A text source is empty, unreadable, or too small for what is asked of it."""
+
+
+class ModelError(SparseKDError):
+    """A model is not supported, or does not match its record, its tokenizer or its teacher."""
+
+
+class StoreError(SparseKDError):
+    """The store cannot be reached, written or read, or somebody else holds what is asked for."""
+
+
+class IntegrityError(SparseKDError):
+    """A stored file, shard or checkpoint is not what its record says."""

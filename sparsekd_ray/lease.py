@@ -1,0 +1,168 @@
+"""One worker at a time: a lease is a small file in the store that says who holds a key.
+
+Its holder renews the heartbeat in it. A new lease is created on condition that none is there. One left behind is
+taken over: at once if its process died on this machine, otherwise after watching that the heartbeat stands still
+(the clocks of two machines may differ). Where a write cannot be conditional (a takeover, rclone), we write, wait a
+moment, and see whose token stands. A holder that lost its lease (a laptop that slept) learns it at its next
+heartbeat, or from ``ensure``.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from sparsekd_ray.errors import StoreError
+
+if TYPE_CHECKING:
+    from sparsekd_ray.store import Store
+
+SETTLE_SECONDS = {False: 0.3, True: 2.0}  # between a rival's read and its write, on local disk and on S3
+
+
+class Lease:
+    """A lease that is held; ``lost`` is set once somebody else has taken it over."""
+
+    def __init__(self, store: "Store", key: str, body: dict[str, Any], ttl: float) -> None:
+        self.store, self.key, self.body, self.ttl = store, key, body, ttl
+        self.lost = threading.Event()
+
+    def ensure(self) -> None:
+        """StoreError unless the lease is still ours; call it before anything that two must not do."""
+        if time.time() - self.body["heartbeat"] > self.ttl / 2:  # the heartbeat thread was held up
+            self.beat()
+        if self.lost.is_set():
+            holder = _read(self.store, self.key).get("holder", "nobody")
+            raise StoreError(
+                f"{self.store.url(self.key)} was taken over while this process was silent; now {holder} holds it. "
+                f"Let that one work, or stop it and resubmit."
+            )
+
+    def beat(self) -> None:
+        if _read(self.store, self.key).get("token") != self.body["token"]:
+            self.lost.set()
+        else:
+            self.body["heartbeat"] = time.time()
+            self.store.write_text(self.key, json.dumps(self.body))
+
+
+@contextmanager
+def held(store: "Store", key: str, holder: str, ttl: float, say: Callable[[str], None]) -> Iterator[Lease]:
+    """Hold the file ``key`` until leaving, or StoreError saying who does. ``ttl`` in seconds."""
+    lease = Lease(store, key, _body(holder), ttl)
+    _claim(lease, say)
+    stop = threading.Event()
+    heart = threading.Thread(target=_beat_until, args=(lease, stop), name=f"lease {key}", daemon=True)
+    heart.start()
+    try:
+        yield lease
+    finally:
+        stop.set()
+        heart.join()
+        with suppress(StoreError):  # a lease that cannot be deleted now is stale after ttl
+            if _read(store, key).get("token") == lease.body["token"]:
+                store.delete(key)
+
+
+def _claim(lease: Lease, say: Callable[[str], None]) -> None:
+    store, key = lease.store, lease.key
+    if not _read(store, key) and store.create(key, json.dumps(lease.body).encode()):
+        return
+    found = _read(store, key)
+    if found.get("token") != lease.body["token"]:
+        if not _dead(found):
+            _watch(lease, found, say)
+        lease.body["heartbeat"] = time.time()
+        store.write_text(key, json.dumps(lease.body))
+    time.sleep(SETTLE_SECONDS[store.remote])
+    if (found := _read(store, key)).get("token") != lease.body["token"]:
+        raise _held_by(lease, found)
+
+
+def _watch(lease: Lease, found: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Return once the holder may be taken for dead; StoreError at its first sign of life."""
+    silent = time.time() - found.get("heartbeat", 0)
+    if silent <= lease.ttl and _same_machine(found):
+        raise _held_by(lease, found)
+    seconds = lease.ttl / 3 if silent > lease.ttl else lease.ttl  # a heartbeat comes every ttl / 4
+    say(
+        f"{found.get('holder', 'somebody')} held {lease.key}: watching for {seconds:.0f} s whether it is alive"
+    )
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(lease.ttl / 60)
+        if (now := _read(lease.store, lease.key)) != found:
+            if now:
+                raise _held_by(lease, now)
+            return  # released meanwhile
+
+
+def _beat_until(lease: Lease, stop: threading.Event) -> None:
+    while not stop.wait(lease.ttl / 4) and not lease.lost.is_set():
+        with suppress(StoreError):  # a store that is away for a moment; ensure() speaks up if it stays away
+            lease.beat()
+
+
+def _body(holder: str) -> dict[str, Any]:
+    return {
+        "holder": f"{holder} (process {os.getpid()} on {socket.gethostname()})",
+        "host": socket.gethostname(),
+        "processes": _process_table(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "token": uuid.uuid4().hex,
+        "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        "heartbeat": time.time(),
+    }
+
+
+def _process_table() -> str:
+    """Whose process numbers ours are comparable with. A host name is not enough: machines are cloned, and
+    containers on the host's network share its name but not its processes."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        return f"{uuid.getnode():x}"
+    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _same_machine(body: dict[str, Any]) -> bool:
+    return (body.get("host"), body.get("processes")) == (socket.gethostname(), _process_table())
+
+
+def _dead(body: dict[str, Any]) -> bool:
+    """Whether a lease's process is known to be gone; never known of another machine's."""
+    if not _same_machine(body):
+        return False
+    try:
+        process = psutil.Process(body["pid"])
+        # The same number may have been given to a newer process; clock corrections move start times a little.
+        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - body["started"]) > 2
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _read(store: "Store", key: str) -> dict[str, Any]:
+    """The lease's body; empty if there is none, or only half of one."""
+    try:
+        body = json.loads(store.read_bytes(key) or b"{}")
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _held_by(lease: Lease, found: dict[str, Any]) -> StoreError:
+    age = time.time() - found.get("heartbeat", 0)
+    who, since = found.get("holder", "somebody"), found.get("since", "an unknown time")
+    return StoreError(
+        f"{lease.store.url(lease.key)} is held by {who} since {since}, last heard of {age:.0f} s ago. Only one may "
+        f"work on it at a time: wait for its end, or stop it, then resubmit."
+    )

@@ -1,0 +1,273 @@
+"""Hugging Face directories: what is supported, what it counts, loading and saving that prove themselves.
+
+A model is a directory with config.json, safetensors, tokenizer files and generation_config.json. Its size and
+its MLP matrices follow from config.json alone, so a plan is checked before any weight is read; torch and
+transformers are therefore imported only in the functions that need them. Loading runs no code from the
+directory and accepts no missing, left-over or misshapen tensor. Saving reads back what it wrote and compares.
+
+MLP matrices are written [m, n] = [outputs, inputs] and named as in the model, `model.layers.0.mlp.down_proj`.
+"Config" below means a parsed config.json, a directory that holds one, a transformers config, or a model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsekd_ray.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+SPARSE = "sparsekd_"
+FAMILIES = {"phi3": "phi3", "qwen3": "qwen3", f"{SPARSE}phi3": "phi3", f"{SPARSE}qwen3": "qwen3"}
+CLASS_STEMS = {"phi3": "Phi3", "qwen3": "Qwen3"}
+MODELLING_CODE = "modeling_sparsekd"  # the module's name beside exported weights
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
+OWN_FIELDS = (  # of a config, which a rebuilt model does not take over
+    "model_type", "architectures", "auto_map", "transformers_version", "mlp_ranks", "num_parameters_expected",
+)  # fmt: skip
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """The config as plain values. Raises ModelError if a directory has no readable config.json."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    if not isinstance(config, str | Path):
+        return dict(getattr(config, "config", config).to_dict())
+    path = Path(config) / "config.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} is no readable config ({error}): give a Hugging Face directory") from error
+
+
+def check_supported(config: Any) -> str:
+    """The family, "phi3" or "qwen3", stock or sparse. Raises ModelError naming what stands in the way."""
+    values = config_dict(config)
+    model_type = values.get("model_type")
+    obstacles = [] if model_type in FAMILIES else [f"model_type {model_type!r}"]
+    obstacles += [f"mixture of experts ({key})" for key in values if "experts" in key and values[key]]
+    obstacles += [f"biased MLP ({key})" for key in values if "mlp" in key and "bias" in key and values[key]]
+    obstacles += [key for key in ("quantization_config", "per_layer_config") if values.get(key)]
+    if obstacles:
+        raise ModelError(
+            f"model not supported: found {', '.join(obstacles)}; supported are dense, unquantised models "
+            f"without MLP biases of the types {', '.join(FAMILIES)} (Phi-3, Phi-4-mini, Qwen3)"
+        )
+    return FAMILIES[str(model_type)]
+
+
+def is_sparse(config: Any) -> bool:
+    """Whether the model is of one of this package's own low-rank types."""
+    return str(config_dict(config).get("model_type")).startswith(SPARSE)
+
+
+def mlp_ranks(config: Any) -> dict[str, int]:
+    """The rank of every MLP matrix that is held as factors; empty for a stock model."""
+    return dict(config_dict(config).get("mlp_ranks") or {})
+
+
+def shapes_from_config(config: Any) -> dict[str, tuple[int, int]]:
+    """Name and shape (m, n) of every MLP matrix in order; the dense shape where a student holds factors."""
+    values = config_dict(config)
+    family = check_supported(values)
+    hidden, inner, layers = _sizes(values, "hidden_size", "intermediate_size", "num_hidden_layers")
+    fused = {"gate_up_proj": (2 * inner, hidden)}
+    separate = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
+    matrices = {**(fused if family == "phi3" else separate), "down_proj": (hidden, inner)}
+    return {f"model.layers.{i}.mlp.{name}": shape for i in range(layers) for name, shape in matrices.items()}
+
+
+def mlp_parameters(config: Any) -> int:
+    """Number of MLP parameters of this model, factors counted as factors."""
+    ranks, shapes = mlp_ranks(config), shapes_from_config(config)
+    return sum(ranks[name] * (m + n) if name in ranks else m * n for name, (m, n) in shapes.items())
+
+
+def total_parameters(config: Any) -> int:
+    """Number of parameters of this model, tied embeddings once."""
+    values = config_dict(config)
+    qwen = check_supported(values) == "qwen3"
+    hidden, layers, vocab = _sizes(values, "hidden_size", "num_hidden_layers", "vocab_size")
+    (heads,) = _sizes(values, "num_attention_heads")
+    head = values.get("head_dim") or (128 if qwen else hidden // heads)
+    query, key = heads * head, (values.get("num_key_value_heads") or heads) * head
+    attention = hidden * (query + 2 * key) + query * hidden
+    attention += 2 * head if qwen else 0  # the norms of queries and keys
+    attention += query + 2 * key + hidden if qwen and values.get("attention_bias") else 0
+    embeddings = vocab * hidden * (1 if values.get("tie_word_embeddings") else 2)
+    return embeddings + mlp_parameters(values) + layers * (attention + 2 * hidden) + hidden
+
+
+def _sizes(values: Mapping[str, Any], *keys: str) -> list[int]:
+    if missing := [key for key in keys if not isinstance(values.get(key), int)]:
+        raise ModelError(f"the model config gives no whole number for {', '.join(missing)}")
+    return [values[key] for key in keys]
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Number of parameters in memory, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def mlp_matrix(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """One MLP matrix W_mn in float64, multiplied out where the model holds factors."""
+    module: Any = model.get_submodule(name)
+    if name in mlp_ranks(model):
+        return module.B.weight.detach().double() @ module.A.weight.detach().double()
+    return module.weight.detach().double()
+
+
+def tensors_on_disk(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a directory's safetensors, by their headers; tied ones once."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        with file.open("rb") as stream:
+            length = min(int.from_bytes(stream.read(8), "little"), file.stat().st_size)
+            try:
+                header = json.loads(stream.read(length))
+            except ValueError as error:
+                raise ModelError(f"{file} is cut short or not safetensors: make it again") from error
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def resolve_dense(path_or_hub_id: str, revision: str | None = None) -> Path:
+    """A local directory as it is, or a local snapshot of what we need of the hub repository."""
+    if (path := Path(path_or_hub_id).expanduser()).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "generation_config.json", "model*.safetensors*", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(path_or_hub_id, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path_or_hub_id!r} is no local directory, and the hub did not give it (revision "
+            f"{revision or 'main'}): {error}; check spelling, network and access rights, or give a directory"
+        ) from error
+
+
+@cache
+def _classes() -> dict[str, tuple[Any, Any]]:
+    """Config and model class by model_type; makes the sparse ones known to transformers' Auto classes."""
+    import transformers
+
+    from sparsekd_ray.model import low_rank
+
+    transformers.utils.logging.disable_progress_bar()  # a bar per model is noise in a job's log
+    classes: dict[str, tuple[Any, Any]] = {}
+    for family, stem in CLASS_STEMS.items():
+        stock = (getattr(transformers, f"{stem}Config"), getattr(transformers, f"{stem}ForCausalLM"))
+        own = [getattr(low_rank, f"Sparse{stem}{kind}") for kind in ("Config", "Model", "ForCausalLM")]
+        transformers.AutoConfig.register(SPARSE + family, own[0])
+        transformers.AutoModel.register(own[0], own[1])
+        transformers.AutoModelForCausalLM.register(own[0], own[2])
+        classes |= {family: stock, SPARSE + family: (own[0], own[2])}
+    return classes
+
+
+def load(
+    path: Path | str, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A stock or sparse model from a local directory, in eval mode; dtype "auto" keeps the stored one.
+
+    Raises ModelError if the model is not supported, if a tensor is missing, left over, misshapen or
+    unreadable, or if the number of parameters is not the one that the config implies.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    values = config_dict(Path(path))
+    check_supported(values)
+    _, model_class = _classes()[values["model_type"]]
+    report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told to us, not only logged
+    try:
+        model, info = model_class.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, **report
+        )
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        raise ModelError(f"{path} does not load: {error}") from error
+    if wrong := {kind: sorted(map(str, found)) for kind, found in info.items() if found}:
+        raise ModelError(f"{path} does not hold the weights of its config: {wrong}")
+    if (found := count_parameters(model)) != (expected := total_parameters(values)):
+        raise ModelError(f"{path} has {found} parameters, but its config implies {expected}")
+    if not is_sparse(values):
+        vars(model.config).pop("auto_map", None)  # the repository's own code, neither run nor shipped by us
+    return model.to(device)
+
+
+def rebuild(like: PreTrainedModel, ranks: Mapping[str, int] | None, state: dict[str, Any]) -> PreTrainedModel:
+    """A model of the same family with other MLP tensors: sparse with these ranks, or stock if None."""
+    family = check_supported(like)
+    config_class, model_class = _classes()[family if ranks is None else SPARSE + family]
+    values = {key: value for key, value in config_dict(like).items() if key not in OWN_FIELDS}
+    if ranks is not None:
+        values["mlp_ranks"] = dict(ranks)
+        values["num_parameters_expected"] = total_parameters({**values, "model_type": family})
+        kinds = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+        stem = f"{MODELLING_CODE}.Sparse{CLASS_STEMS[family]}"
+        values["auto_map"] = {auto: stem + kind for auto, kind in kinds.items()}
+    if values.get("tie_word_embeddings"):
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    config = config_class(**values)
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=like.dtype)
+    model.generation_config = copy.deepcopy(like.generation_config)
+    return model.to(like.device)
+
+
+def merge(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock dense model with the same function: every B A is multiplied out in float64, then cast."""
+    state = dict(model.state_dict())
+    for name in mlp_ranks(model):
+        del state[f"{name}.A.weight"], state[f"{name}.B.weight"]
+        state[f"{name}.weight"] = mlp_matrix(model, name).to(model.dtype)
+    return rebuild(model, None, state)
+
+
+def logits_difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
+    """Largest difference of logits on eight fixed tokens, relative to the largest logit if above 1."""
+    import torch
+
+    ids_1L = torch.linspace(0, one.config.vocab_size - 1, 8).long()[None]
+    with torch.no_grad():
+        first, second = (m.eval()(ids_1L.to(m.device)).logits.double().cpu() for m in (one, other))
+    return float((first - second).abs().max() / first.abs().max().clamp(min=1))
+
+
+def save(model: PreTrainedModel, tokenizer_dir: Path, out: Path, card: str) -> None:
+    """Write a complete model directory and prove it: reloaded weights equal bit by bit, logits to 1e-6.
+
+    Leaves the model in eval mode. Raises ModelError if there is no tokenizer or the proof fails.
+    """
+    import torch
+
+    from sparsekd_ray.model import low_rank
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = [file for name in TOKENIZER_FILES if (file := Path(tokenizer_dir) / name).exists()]
+    if not files:
+        raise ModelError(f"{tokenizer_dir} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
+    for file in files:
+        shutil.copyfile(file, out / file.name)
+    model.save_pretrained(out, max_shard_size="5GB")
+    (out / "README.md").write_text(card)
+    if is_sparse(model):
+        shutil.copyfile(low_rank.__file__, out / f"{MODELLING_CODE}.py")
+    reloaded = load(out, dtype=model.dtype)
+    meant, found = model.state_dict(), reloaded.state_dict()
+    changed = [name for name in meant if not torch.equal(meant[name].cpu(), found[name])]
+    allowed = 1e-6 if model.device.type == "cpu" else 0.05  # a GPU sums in another order
+    if changed or (difference := logits_difference(model, reloaded)) > allowed:
+        what = f"changed {', '.join(changed)}" if changed else f"logits differ by {difference:.1e}"
+        raise ModelError(f"{out} did not reload as it was saved: {what}")

@@ -1,0 +1,171 @@
+"""The plan: identity apart from execution, shared steps, order; every shipped configuration loads and plans."""
+
+from pathlib import Path
+
+import pytest
+
+from sparsekd_ray.cascade import console, job
+from sparsekd_ray.cascade.driver import next_batch
+from sparsekd_ray.cascade.estimate import mlp_shapes, parameters
+from sparsekd_ray.cascade.plan import fingerprint, plan
+from sparsekd_ray.config import Config, Shape, load, parse
+from sparsekd_ray.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
+LAPTOP = next(path for path in CONFIGS if path.name == "laptop.yaml")
+
+
+def steps_of(config: Config):
+    return plan(config, lambda source: {"path": source.path}, {"hub": config.model.path})
+
+
+def changed(path: str, value):
+    """The laptop's configuration with one setting changed."""
+    tree = load(LAPTOP).model_dump(mode="json")
+    *parents, leaf = path.split(".")
+    node = tree
+    for part in parents:
+        node = node[int(part)] if part.isdigit() else node[part]
+    node[leaf] = value
+    return parse(tree, "test")
+
+
+def refs(config: Config):
+    return {step.name: step.ref for step in steps_of(config)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_plans_without_a_network(path):
+    config = load(path)
+    steps = job.preflight(config)
+    text = console.plan_text(config, steps, {})
+    assert f"{len(steps)} steps, 0 done" in text
+    for card in config.execution.cards:
+        assert card.name in text
+    made = set()
+    for step in steps:
+        assert set(step.inputs.values()) <= made, "inputs come before what needs them"
+        made.add(step.name)
+
+
+def test_parameter_counts_are_those_of_the_real_models():
+    phi = Shape(family="phi3", hidden=3072, intermediate=8192, layers=32, heads=24, kv_heads=8, vocab=200064)
+    qwen = Shape(family="qwen3", hidden=1024, intermediate=3072, layers=28, heads=16, kv_heads=8, head_dim=128,
+                 vocab=151936)  # fmt: skip
+    assert parameters(phi).total == 3_836_021_760 and parameters(phi).mlp == 2_415_919_104
+    assert parameters(qwen).total == 596_049_920 and parameters(qwen).mlp == 264_241_152
+    for shape in (phi, qwen):
+        assert sum(m * n for m, n in mlp_shapes(shape).values()) == parameters(shape).mlp
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("execution.store", "s3://elsewhere/x"),
+        ("execution.workers", 1),
+        ("execution.micro_batch", 2),
+        ("name", "other"),
+    ],
+)
+def test_execution_changes_no_fingerprint(path, value):
+    assert refs(changed(path, value)) == refs(load(LAPTOP))
+
+
+@pytest.mark.parametrize(
+    "path, value, same",
+    [
+        ("distill.lr", 5e-4, {"tokenizer", "dense", "corpus", "cache dense", "one-shot 15%"}),
+        ("teacher.k", 8, {"tokenizer", "dense", "corpus", "one-shot 15%"}),
+        ("cascade.rounds.2.sparsity", 0.7, {"dense", "cache dense", "dense+kd", "round 1", "round 2"}),
+        ("corpus.samples", 512, {"tokenizer", "pretraining text", "dense"}),
+        ("seed", 7, set()),
+    ],
+)
+def test_identity_changes_what_depends_on_it_and_nothing_else(path, value, same):
+    before, after = refs(load(LAPTOP)), refs(changed(path, value))
+    shared = {name for name in before if before[name] == after.get(name)}
+    assert same <= shared
+    assert "round 3" not in shared
+
+
+def test_equal_steps_are_one_step():
+    """Round 1 prunes the dense model to the size of the first one-shot cut: made once."""
+    steps = steps_of(load(LAPTOP))
+    assert len({step.ref for step in steps}) == len(steps)
+    assert "round 1 pruned" not in {step.name for step in steps}
+    assert next(step for step in steps if step.name == "round 1").inputs["student"] == "one-shot 15%"
+
+
+def test_a_teacher_that_stays_is_captured_once_and_one_that_changes_again():
+    captures = [step.inputs["teacher"] for step in steps_of(load(LAPTOP)) if step.kind == "cache"]
+    assert captures == ["dense", "dense+kd"]
+    previous = changed("cascade.rounds.2.teacher", "previous")
+    assert [s.inputs["teacher"] for s in steps_of(previous) if s.kind == "cache"] == [
+        "dense",
+        "dense+kd",
+        "round 2",
+    ]
+
+
+def test_several_seeds_share_what_no_seed_touches():
+    steps = steps_of(changed("cascade.seeds", [1, 2, 3]))
+    kinds = [step.kind for step in steps]
+    assert kinds.count("corpus") == 2 and kinds.count("dense") == 1
+    assert kinds.count("distill") == 3 * (3 + 3)
+
+
+def test_distillations_that_are_ready_together_share_a_worker_group():
+    pending, groups = list(steps_of(load(LAPTOP))), []
+    while pending:
+        batch = next_batch(pending)
+        groups.append([step.name for step in batch])
+        pending = [step for step in pending if step not in batch]
+    together = [group for group in groups if len(group) > 1]
+    assert together == [["dense+kd", "ce-only", "kl-only", "round 1"]]
+
+
+def test_fingerprints_are_canonical():
+    assert fingerprint({"a": 1, "b": [2.5]}) == fingerprint({"b": [2.5], "a": 1})
+    with pytest.raises(TypeError):
+        fingerprint({"a": object()})
+    with pytest.raises(ValueError):
+        fingerprint({"a": float("nan")})
+
+
+def test_a_budget_out_of_reach_is_refused_before_any_work():
+    with pytest.raises(ConfigError, match=r"0\.999.*at most 0\.9"):
+        job.preflight(changed("cascade.rounds.2.sparsity", 0.999))
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("distill.temperature", 3.0, "add it to teacher.temperatures"),
+        ("cascade.controls", ["ce-only"], "keep dense\\+kd"),
+        ("corpus.samples", 4, "less than one batch"),
+        ("execution.workers", 99, "execution.workers"),
+        ("model.standin.unseen", ["poems"], "poems"),
+        ("cascade.rounds.0.sparsity", 1.5, "cascade.rounds.0.sparsity.*less than 1"),
+        ("model.path", "also/this", "either model.path"),
+    ],
+)
+def test_contradictions_are_explained(path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        changed(path, value)
+
+
+def test_an_unknown_key_names_the_nearest_one_and_a_bad_file_itself(tmp_path):
+    with pytest.raises(ConfigError, match=r"distill\.learning_rate: unknown setting"):
+        tree = load(LAPTOP).model_dump(mode="json")
+        parse(tree | {"distill": {"learning_rate": 1}}, "x.yaml")
+    with pytest.raises(ConfigError, match="did you mean cascade"):
+        parse(load(LAPTOP).model_dump(mode="json") | {"cascad": {}}, "x.yaml")
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file.*laptop"):
+        load(Path("nowhere.yaml"))
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: [unclosed")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not a YAML file"):
+        load(bad)
+    bad.write_text("just words")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load(bad)
