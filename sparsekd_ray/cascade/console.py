@@ -43,7 +43,7 @@ def figure(kind: str, record: dict[str, Any]) -> str:
             return f"validation PPL {metrics['valid_ppl']:.2f} ({metrics['stopped']})"
         case "evaluate":
             return f"PPL {metrics['sliding']['ppl']:.2f}"
-    return f"{metrics['params']:,} parameters, two directories"
+    return f"{metrics['low-rank']['params']:,} parameters; low-rank and merged"
 
 
 def plan_text(config: Config, steps: list[Step], records: Records) -> str:

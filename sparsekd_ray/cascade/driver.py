@@ -177,16 +177,21 @@ def _check_resources(execution: Execution, needed: int, say: Say) -> None:
 
 @contextmanager
 def _console(say: Say) -> Iterator[Lines]:
-    """Prints lines from everywhere in the cluster until the block ends."""
+    """Prints lines from everywhere in the cluster until the block ends: the newest, at most one a second."""
     queue = Queue(actor_options={"num_cpus": 0})
     over = threading.Event()
 
     def drain() -> None:
-        while not over.is_set():
+        newest: str | None = None
+        printed = 0.0
+        while not (over.is_set() and newest is None and queue.empty()):
             try:
-                say(console.inside(queue.get(timeout=0.5)))
+                newest = queue.get(timeout=0.2)
             except Empty:
-                continue
+                pass
+            if newest is not None and (time.monotonic() - printed > 1 or over.is_set()):
+                say(console.inside(newest))
+                newest, printed = None, time.monotonic()
 
     printer = threading.Thread(target=drain, daemon=True)
     printer.start()
@@ -194,6 +199,6 @@ def _console(say: Say) -> Iterator[Lines]:
         yield Lines(queue)
     finally:
         over.set()
-        printer.join()
+        printer.join(timeout=5)
         if ray.is_initialized():
             queue.shutdown(force=True)

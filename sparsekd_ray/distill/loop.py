@@ -107,7 +107,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     _check(reader.manifest, model.config.vocab_size, corpus.read_manifest(texts), job)
     _freeze(model, settings)
     if execution.recompute:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     steps = schedule.total_steps(reader.samples, settings.batch, settings.epochs)
     sizes = schedule.micro_batches(settings.batch, world, execution.micro_batch)
     engine = _engine(Student(model, settings), settings, execution, len(sizes[0]))

@@ -106,8 +106,8 @@ def pretrain(
 
     Goes on from `checkpoints.latest()`, and hands over a new checkpoint after each `every` steps, made under
     `out`/work/checkpoints. Returns the metrics; all but the two times are the same, bit for bit, however
-    often it was killed. Raises CorpusError if there is less than one batch of text, ModelError if the sizes do
-    not fit together or the training diverges, IntegrityError for a checkpoint that is not one of this run.
+    often it was killed. Raises CorpusError if there is less than one batch of text, ModelError if the sizes
+    do not fit together or training diverges, IntegrityError for a checkpoint that is not one of this run.
     """
     rows_RL, valid_RL = _rows(tokens_dir, "train"), _rows(tokens_dir, "valid")
     if len(rows_RL) < settings.batch:
@@ -249,7 +249,7 @@ class _Run:
                 states: dict[int, dict[str, Tensor]] = {}
                 for path, tensor in load_file(folder / f"{name}.safetensors").items():
                     number, key = path.split(".")
-                    states.setdefault(int(number), {})[key] = tensor
+                    states.setdefault(int(number), {})[key] = tensor.clone()  # out of the mapped file
                 optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
             progress = json.loads((folder / "progress.json").read_text())
             self.losses, self.seconds = progress["losses"], progress["seconds"]

@@ -1,0 +1,182 @@
+"""The whole cascade on the real engines, small: finished, resubmitted, on S3, killed and resumed.
+
+One short plan is run once on the session's cluster; every other run must give the same weights and figures, bit for
+bit. `SPARSEKD_KILLS=12 pytest tests/test_cascade.py -k killed` kills more often than the default.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from sparsekd_ray.cascade import job
+from sparsekd_ray.config import parse
+from sparsekd_ray.store import Store
+
+ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("SPARSEKD_KILLS", "2"))
+TINY = {
+    "name": "tiny",
+    "model": {
+        "standin": {"hidden": 32, "intermediate": 48, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 384,
+                    "steps": 30, "batch": 4, "unseen": ["manual"]},
+    },
+    "corpus": {
+        "sources": [
+            {"name": "arithmetic", "path": "embedded:arithmetic"},
+            {"name": "manual", "path": "embedded:manual"},
+        ],
+        "samples": 48, "valid_samples": 8, "test_samples": 16, "seq_len": 32, "held_out": 0.2, "shard_rows": 16,
+    },
+    "teacher": {"k": 8},
+    "distill": {"batch": 4, "validate_every": 4, "epochs": 1},
+    "cascade": {"rounds": [{"sparsity": 0.3, "teacher": "dense"}], "controls": ["ce-only"]},
+}  # fmt: skip
+
+
+def tiny(store: str, scratch: Path | None = None):
+    execution = {"store": store, "scratch": str(scratch) if scratch else None}
+    return parse(TINY | {"execution": execution}, "test")
+
+
+def outcome(store: Store) -> dict:
+    """Everything that must not depend on kills, places or workers: figures, weights, shards."""
+    config = tiny(store.root)
+    found = {}
+    for step in job.preflight(config):
+        record = store.record(step.ref)
+        assert record is not None, f"{step.name} is not there"
+        figures = {k: v for k, v in record["metrics"].items() if "seconds" not in k and "per_second" not in k}
+        binary = {
+            n: f["sha256"] for n, f in record["files"].items() if n.endswith((".safetensors", ".parquet"))
+        }
+        found[step.name] = (figures, binary)
+    return found
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """The one Ray cluster of the whole suite."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finished(cluster, tmp_path_factory) -> Store:
+    """A finished run of the short plan."""
+    root = tmp_path_factory.mktemp("finished")
+    job.main(tiny(str(root)), "python jobs/cascade.py", False, print)
+    return Store(str(root))
+
+
+def test_a_finished_run_has_all_it_promises(finished):
+    folder = Path(finished.root) / "runs" / "tiny"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["stage"] for row in summary["rows"]] == ["Dense", "CE only", "Round 1"]
+    assert abs(summary["rows"][-1]["sparsity"] - 0.3) <= 0.02, "a rank is 1.6 % of so small a model's MLP"
+    assert "<svg" in (folder / "report.html").read_text()
+    kinds = [json.loads(line)["kind"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"cache", "distill", "evaluate", "export", "prune"} <= set(kinds)
+
+
+def test_the_pruned_size_is_that_of_the_files(finished):
+    from sparsekd_ray.model.checkpoint import tensors_on_disk
+
+    step = next(s for s in job.preflight(tiny(finished.root)) if s.kind == "prune")
+    record = finished.record(step.ref)
+    tensors = tensors_on_disk(finished.fetch(step.ref))
+    sizes = {name: a * b for name, (a, *rest) in tensors.items() for b in [rest[0] if rest else 1]}
+    assert sum(sizes.values()) == record["metrics"]["params"]
+    assert sum(n for name, n in sizes.items() if ".mlp." in name) == record["metrics"]["mlp_params"]
+
+
+def test_resubmitting_a_finished_run_does_nothing(finished):
+    before = records_of(finished)
+    lines: list[str] = []
+    started = time.monotonic()
+    job.main(tiny(finished.root), "python jobs/cascade.py", False, lines.append)
+    assert time.monotonic() - started < 5
+    assert not any("▶" in line for line in lines)
+    assert records_of(finished) == before
+
+
+def test_the_same_figures_on_s3_and_a_second_machine_goes_on(finished, s3_store, tmp_path):
+    """The second machine has an empty disk; what it cannot find it makes from the store's artifacts."""
+    store = Store(s3_store, str(tmp_path / "one"))
+    said: list[str] = []
+    job.main(tiny(s3_store, tmp_path / "one"), "python jobs/cascade.py", False, said.append)
+    assert outcome(store) == outcome(finished)
+    for step in job.preflight(tiny(s3_store)):
+        if step.kind in ("export", "evaluate"):
+            store.delete(f"{step.ref.key}/record.json")
+    job.main(tiny(s3_store, tmp_path / "two"), "python jobs/cascade.py", False, said.append)
+    second = Store(s3_store, str(tmp_path / "two"))
+    assert outcome(second) == outcome(finished)
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in "\n".join(said)
+    for key in ("report.html", "report.md", "summary.json", "metrics.jsonl", "plan.json", "settings.yaml"):
+        assert secret not in (second.read_text(f"runs/tiny/{key}") or pytest.fail(f"{key} is missing"))
+
+
+@pytest.mark.timeout(900)
+def test_killed_and_resubmitted_it_ends_the_same(finished, tmp_path):
+    """SIGKILL of the driver and all that it started, at seeded moments; then it runs to the end."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    store, moments, steps = Store(str(tmp_path / "store")), random.Random(0), len(outcome(finished))
+    done: dict[str, str] = {}
+    for kill in range(KILLS):
+        driver = submit(config, store)
+        wait_for_steps(driver, store, round((kill + moments.random()) * steps / KILLS))
+        time.sleep(moments.uniform(0, 8))
+        kill_tree(driver)
+        assert done.items() <= records_of(store).items(), "a finished artifact was built twice"
+        done = records_of(store)
+        print(f"kill {kill + 1}: {len(done)} of {steps} steps were done")
+    driver = submit(config, store)
+    output, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, output
+    assert outcome(store) == outcome(finished)
+    assert done.items() <= records_of(store).items(), "a finished artifact was built twice"
+
+
+def submit(config: Path, store: Store) -> subprocess.Popen:
+    command = [sys.executable, "jobs/cascade.py", "--config", str(config), "--execution.store", store.root]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for_steps(driver: subprocess.Popen, store: Store, count: int) -> None:
+    """Until `count` artifacts exist, or the run has ended. Moments spread over the plan reach every stage."""
+    while driver.poll() is None and len(records_of(store)) < count:
+        time.sleep(0.05)
+
+
+def kill_tree(driver: subprocess.Popen) -> None:
+    if driver.poll() is None:
+        below = psutil.Process(driver.pid).children(recursive=True)
+        driver.send_signal(signal.SIGKILL)
+        for process in below:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+    driver.communicate()
+
+
+def records_of(store: Store) -> dict[str, str]:
+    """Every record as it stands, so that one written again shows."""
+    return {str(p): p.read_text() for p in Path(store.root).glob("artifacts/*/*/record.json")}
