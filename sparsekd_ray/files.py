@@ -27,8 +27,7 @@ DISK_FULL = ("no space left on device", "disk quota exceeded", "pytorchstreamwri
 
 @dataclass(frozen=True)
 class Files:
-    """Files below ``root``, a local directory or ``s3://bucket/prefix``; pickles as two strings, without
-    secrets."""
+    """Files below ``root``, a local directory or ``s3://bucket/prefix``; pickles as two strings."""
 
     root: str
     scratch: str | None = None  # where files of an S3 root are kept on this machine; ~/.cache/sparsekd-ray
@@ -153,7 +152,8 @@ class Files:
         elif self.remote and not getattr(error, "filename", None):
             found, todo = s3.words(error)
         else:  # a file on this machine, scratch included
-            found = f"{getattr(error, 'strerror', None) or error} ({getattr(error, 'filename', None)})"
+            where = getattr(error, "filename", None) or self.root
+            found = f"{getattr(error, 'strerror', None) or error} ({where})"
             todo = "Choose a directory that this user may create and write, or mend its rights."
         return StoreError(
             f"Store {self.root}: {doing} failed: {found}. Finished artifacts are intact. {todo}"
@@ -204,7 +204,9 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.tmp")
 
 
-def _replace(path: Path, data: bytes) -> None:
+@contextmanager
+def _written(path: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file beside ``path`` with the data on disk; removed at the end if it is still there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -212,19 +214,29 @@ def _replace(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _replace(path: Path, data: bytes) -> None:
+    with _written(path, data) as temporary:
+        os.replace(temporary, path)
+
+
 def _create(path: Path, data: bytes) -> bool:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("xb") as file:
-            file.write(data)
-    except FileExistsError:
-        return False
-    return True
+    """By a hard link, which appears with its contents or not at all; where the disk knows none, no promise."""
+    with _written(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            os.replace(temporary, path)
+            return False
 
 
 def _free(path: Path) -> str:

@@ -1,10 +1,10 @@
 """One worker at a time: a lease is a small file in the store that says who holds a key.
 
-Its holder renews the heartbeat in it. A new lease is created on condition that none is there. One left behind is
-taken over: at once if its process died on this machine, otherwise after watching that the heartbeat stands still
-(the clocks of two machines may differ). Where a write cannot be conditional (a takeover, rclone), we write, wait a
-moment, and see whose token stands. A holder that lost its lease (a laptop that slept) learns it at its next
-heartbeat, or from ``ensure``.
+Its holder renews the heartbeat in it. A new lease is created on condition that none is there. One left behind
+is taken over: at once if its process died on this machine, otherwise after watching that the heartbeat stands
+still (the clocks of two machines may differ). Where a write cannot be conditional (a takeover, rclone), we
+write, wait a moment, and see whose token stands. A holder that lost its lease (a laptop that slept) learns it at
+its next heartbeat, or from ``ensure``.
 """
 
 import json
@@ -26,7 +26,7 @@ from sparsekd_ray.errors import StoreError
 if TYPE_CHECKING:
     from sparsekd_ray.store import Store
 
-SETTLE_SECONDS = {False: 0.3, True: 2.0}  # between a rival's read and its write, on local disk and on S3
+SETTLE_SECONDS = {False: 0.3, True: 1.0}  # between a rival's read and its write, on local disk and on S3
 
 
 class Lease:
@@ -43,7 +43,7 @@ class Lease:
         if self.lost.is_set():
             holder = _read(self.store, self.key).get("holder", "nobody")
             raise StoreError(
-                f"{self.store.url(self.key)} was taken over while this process was silent; now {holder} holds it. "
+                f"{self.store.url(self.key)} was taken over while this process was silent: {holder} holds it. "
                 f"Let that one work, or stop it and resubmit."
             )
 
@@ -79,7 +79,7 @@ def _claim(lease: Lease, say: Callable[[str], None]) -> None:
         return
     found = _read(store, key)
     if found.get("token") != lease.body["token"]:
-        if not _dead(found):
+        if found and not _dead(found):
             _watch(lease, found, say)
         lease.body["heartbeat"] = time.time()
         store.write_text(key, json.dumps(lease.body))
@@ -94,9 +94,7 @@ def _watch(lease: Lease, found: dict[str, Any], say: Callable[[str], None]) -> N
     if silent <= lease.ttl and _same_machine(found):
         raise _held_by(lease, found)
     seconds = lease.ttl / 3 if silent > lease.ttl else lease.ttl  # a heartbeat comes every ttl / 4
-    say(
-        f"{found.get('holder', 'somebody')} held {lease.key}: watching for {seconds:.0f} s whether it is alive"
-    )
+    say(f"{found.get('holder', 'somebody')} held {lease.key}: watching for {seconds:.0f} s if it is alive")
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(lease.ttl / 60)
@@ -151,7 +149,7 @@ def _dead(body: dict[str, Any]) -> bool:
 
 
 def _read(store: "Store", key: str) -> dict[str, Any]:
-    """The lease's body; empty if there is none, or only half of one."""
+    """The lease's body; empty if there is none, or none that can be read."""
     try:
         body = json.loads(store.read_bytes(key) or b"{}")
     except ValueError:
@@ -163,6 +161,6 @@ def _held_by(lease: Lease, found: dict[str, Any]) -> StoreError:
     age = time.time() - found.get("heartbeat", 0)
     who, since = found.get("holder", "somebody"), found.get("since", "an unknown time")
     return StoreError(
-        f"{lease.store.url(lease.key)} is held by {who} since {since}, last heard of {age:.0f} s ago. Only one may "
-        f"work on it at a time: wait for its end, or stop it, then resubmit."
+        f"{lease.store.url(lease.key)} is held by {who} since {since}, last heard of {age:.0f} s ago. "
+        f"Only one may work on it at a time: wait for its end, or stop it, then resubmit."
     )

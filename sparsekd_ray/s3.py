@@ -32,7 +32,7 @@ def client(hasty: bool = False) -> Any:
     session = aiobotocore.session.AioSession()
     # With this header a PUT to an endpoint gone silent waits for its "100 Continue" under no timeout at all.
     session.unregister("before-call.s3", botocore.handlers.add_expect_header)
-    connect, read, attempts = (3, 5, 2) if hasty else (10, 60, 4)
+    connect, read, attempts = (3, 3, 2) if hasty else (10, 60, 4)
     retries = {"total_max_attempts": attempts, "mode": "standard"}
     files = s3fs.S3FileSystem(
         session=session,

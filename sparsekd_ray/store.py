@@ -193,7 +193,7 @@ class Store(Files):
     def lease(
         self, key: str, holder: str, *, ttl: float = 60.0, say: Callable[[str], None] = print
     ) -> AbstractContextManager[Lease]:
-        """Hold ``key`` alone, or StoreError if somebody alive does; ``ttl`` seconds of silence end a lease."""
+        """Hold ``key`` alone, or StoreError if somebody alive does. ``ttl`` seconds of silence end it."""
         return held(self, f"{key}.lease", holder, ttl, say)
 
     def _promises(self, ref: Ref) -> dict[str, Fact]:

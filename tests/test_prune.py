@@ -294,3 +294,15 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     model.save_pretrained(source)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN or infinity"):
         prune(source, tmp_path / "out", sparsity=0.5, align=2, dense_mlp_params=9000, say=print)
+
+
+@pytest.mark.parametrize("sparsity", [0.15, 0.5, 0.65])
+def test_uniform_leaves_every_matrix_the_same_share(sparsity):
+    block = {"gate_up_proj": (704, 128), "down_proj": (128, 352)}
+    shapes = {f"model.layers.{i}.mlp.{name}": shape for i in range(4) for name, shape in block.items()}
+    spectra = {name: np.linspace(5, 1, min(shape)) for name, shape in shapes.items()}
+    dense = sum(m * n for m, n in shapes.values())
+    ranks = allocate.uniform(spectra, shapes, sparsity, 1, dense)
+    left = {name: ranks[name] * (m + n) for name, (m, n) in shapes.items()}
+    assert abs(sum(left.values()) / dense - (1 - sparsity)) <= 1e-3
+    assert all(abs(left[name] / (m * n) - (1 - sparsity)) < 0.02 for name, (m, n) in shapes.items())

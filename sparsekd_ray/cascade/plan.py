@@ -5,7 +5,7 @@ of `execution` enters it, so another store, another number of GPUs or a second m
 
     [tokenizer → pretraining text →] dense → corpus → cache(dense) → controls: dense + KD, CE only, KL only
     round: prune(student so far) → distill(on the cache of the round's teacher) → evaluate → export
-    one-shot: prune(dense) to each round's size, evaluated untrained: the collapse that distillation repairs
+    one-shot: plain SVD of the dense model to each round's size, all matrices alike, untrained: the collapse
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def plan(config: Config, identify: Identify, model_identity: Mapping[str, Any]) 
     _cache(book, config, "dense", "dense")
     for round_ in config.cascade.rounds:
         name = f"one-shot {_percent(round_.sparsity)}"
-        _prune(book, config, name, round_.sparsity, "dense")
+        _prune(book, config, name, round_.sparsity, "dense", "uniform")
         _evaluate(book, config, name)
     for seed in config.cascade.seeds:
         _controls(book, config, seed)
@@ -188,7 +188,7 @@ def _rounds(book: _Book, config: Config, seed: int) -> None:
         teacher = {"dense": "dense", "dense+kd": seeded("dense+kd", config, seed), "previous": student}[
             round_.teacher
         ]
-        _prune(book, config, f"{name} pruned", round_.sparsity, student)
+        _prune(book, config, f"{name} pruned", round_.sparsity, student, "tiered")
         _evaluate(book, config, f"{name} pruned")
         _cache(book, config, f"{teacher}", teacher)
         settings = config.distill.model_copy(update={"lr": round_.lr or config.distill.lr})
@@ -204,10 +204,11 @@ def _rounds(book: _Book, config: Config, seed: int) -> None:
         student = name
 
 
-def _prune(book: _Book, config: Config, name: str, sparsity: float, source: str) -> None:
-    identity = {"method": "svd-tiered", "sparsity": sparsity, "align": config.prune.align}
-    label = f"svd-{_percent(sparsity).rstrip('%')}"
-    book.add(name, "prune", label, identity, {"model": source, "dense": "dense"}, (config.prune, sparsity))
+def _prune(book: _Book, config: Config, name: str, sparsity: float, source: str, allocation: str) -> None:
+    align = config.prune.align
+    identity = {"method": "svd", "allocation": allocation, "sparsity": sparsity, "align": align}
+    label, inputs = f"svd-{allocation}-{_percent(sparsity).rstrip('%')}", {"model": source, "dense": "dense"}
+    book.add(name, "prune", label, identity, inputs, (sparsity, align, allocation))
 
 
 def _cache(book: _Book, config: Config, name: str, teacher: str) -> None:

@@ -61,10 +61,16 @@ def _stage(step: Step, parents: dict[str, Ref], out: Path, store: Store, say: Sa
         case "prune":
             from sparsekd_ray.prune.apply import prune
 
-            settings, sparsity = step.settings
+            sparsity, align, allocation = step.settings
             dense = _metrics(store, parents["dense"])["mlp_params"]
             return prune(
-                inputs["model"], out, sparsity=sparsity, align=settings.align, dense_mlp_params=dense, say=say
+                inputs["model"],
+                out,
+                sparsity=sparsity,
+                align=align,
+                allocation=allocation,
+                dense_mlp_params=dense,
+                say=say,
             )
         case "evaluate":
             return _evaluate(step, inputs, out, say)

@@ -191,11 +191,11 @@ def _row(book: _Book, title: str, kind: str, figures: dict[str, dict[str, Any]])
 
 
 def _oneshot(book: _Book, sparsity: float) -> float:
-    """Perplexity of the dense model cut to this size at once and not trained."""
+    """Perplexity of the dense model cut to this size at once by plain SVD, and not trained."""
     step = next(
         s
         for s in book.steps.values()
-        if s.kind == "prune" and s.identity["sparsity"] == sparsity and s.inputs["model"] == "dense"
+        if s.kind == "prune" and s.identity["sparsity"] == sparsity and s.identity["allocation"] == "uniform"
     )
     return book.figures(step.name)["sliding"]["ppl"]
 

@@ -7,7 +7,7 @@ is left for all other ids together: an exact (K+1)-way KL, never negative, a low
 gradient's scale independent of T (Hinton et al. 2015; SparseKD §IV-E).
 
 Logits exist for a chunk of positions at a time, and their gradient is formed in the forward pass:
-    dKL/dx_j = (q_j − t_j) / T on kept ids,   (q_j − t_r · r_j) / T elsewhere, r the softmax over the ids not kept,
+    dKL/dx_j = (q_j − t_j) / T on kept ids,   q_j · (1 − t_r / q_r) / T elsewhere,
 so neither [N, V] logits nor their gradient is ever held, and nothing is recomputed.
 
 Shapes: N positions, n positions of one chunk, D hidden size, V vocabulary, K kept ids.
@@ -102,25 +102,30 @@ def chunk_loss(
     """Σ KL and Σ CE of one chunk, and the gradient of `kl_weight · T² · KL + ce_weight · CE` to its logits [n, V]."""
     valid_n = labels_n >= 0
     ids_nK = target.ids_NK.long()
-    scaled_nV = logits_nV / temperature
-    log_q_nV = scaled_nV.log_softmax(-1)
-    # log-probabilities of the ids not kept, normalised among themselves: q_r needs no cancelling 1 − Σ q
-    others_nV = scaled_nV.scatter(1, ids_nK, -torch.inf)
-    log_r_nV = others_nV.log_softmax(-1)
-    log_q_tail_n = others_nV.logsumexp(-1) - scaled_nV.logsumexp(-1)
+    peak_n1 = logits_nV.amax(-1, keepdim=True)
+    smallest = torch.finfo(logits_nV.dtype).tiny
+
+    # e = exp(x/T) up to a factor; zeroing the kept ids before the sum gives the tail without a cancelling 1 − Σ q
+    e_nV = ((logits_nV - peak_n1) / temperature).exp_()
+    z_n = e_nV.sum(-1)
+    log_q_nK = (logits_nV.gather(1, ids_nK) - peak_n1) / temperature - z_n.log()[:, None]
+    e_nV.scatter_(1, ids_nK, 0)
+    rest_n = e_nV.sum(-1).clamp_(min=smallest)
 
     t_nK = target.logprobs_NK.exp()
-    kept_n = (t_nK * (target.logprobs_NK - log_q_nV.gather(1, ids_nK))).sum(-1)
-    tail_n = torch.where(target.tail_N > 0, target.tail_N * (target.tail_N.log() - log_q_tail_n), 0)
+    kept_n = (t_nK * (target.logprobs_NK - log_q_nK)).sum(-1)
+    log_t_tail_n = target.tail_N.clamp(min=smallest).log()
+    tail_n = target.tail_N * (log_t_tail_n - (rest_n / z_n).clamp_(min=smallest).log())
     kl_n = (kept_n + tail_n).where(valid_n, 0)
 
-    # d(T² KL)/dx = T · (q − t), the tail's t_r spread as the student spreads it
-    grad_nV = log_q_nV.exp_().sub_(log_r_nV.exp_().mul_(target.tail_N[:, None]))
-    grad_nV.scatter_add_(1, ids_nK, -t_nK).mul_(kl_weight * temperature)
+    # d(T² KL)/dx = T · (q − t), the tail's t_r spread over its ids as the student spreads it
+    grad_nV = e_nV.mul_((1 / z_n - target.tail_N / rest_n)[:, None])
+    grad_nV.scatter_(1, ids_nK, log_q_nK.exp() - t_nK).mul_(kl_weight * temperature)
 
-    log_p_nV = logits_nV.log_softmax(-1)
+    p_nV = (logits_nV - peak_n1).exp_()
+    sum_n1 = p_nV.sum(-1, keepdim=True)
     safe_n1 = labels_n.clamp(min=0)[:, None]
-    ce_n = -log_p_nV.gather(1, safe_n1)[:, 0].where(valid_n, 0)
-    grad_nV.add_(log_p_nV.exp_(), alpha=ce_weight)
-    grad_nV.scatter_add_(1, safe_n1, torch.full_like(safe_n1, -ce_weight, dtype=grad_nV.dtype))
+    ce_n = (sum_n1.log() + peak_n1 - logits_nV.gather(1, safe_n1))[:, 0].where(valid_n, 0)
+    grad_nV.addcmul_(p_nV, ce_weight / sum_n1)
+    grad_nV.scatter_add_(1, safe_n1, torch.full_like(sum_n1, -ce_weight))
     return kl_n.sum(), ce_n.sum(), grad_nV.mul_(valid_n[:, None])

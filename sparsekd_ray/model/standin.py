@@ -105,7 +105,7 @@ def pretrain(
     """Trains a stand-in on the corpus in `tokens_dir` and writes it into `out` as a Hugging Face directory.
 
     Goes on from `checkpoints.latest()`, and hands over a new checkpoint after each `every` steps, made under
-    `out`/work/checkpoints. Returns the metrics; all but the two times are the same, bit for bit, however
+    `out`/checkpoints. Returns the metrics; all but the two times are the same, bit for bit, however
     often it was killed. Raises CorpusError if there is less than one batch of text, ModelError if the sizes
     do not fit together or training diverges, IntegrityError for a checkpoint that is not one of this run.
     """
@@ -126,7 +126,7 @@ def pretrain(
         run.seconds += time.monotonic() - started
         tell()
         if run.step % every == 0 and run.step < settings.steps:
-            checkpoints.save(run.step, run.save(out / "work" / "checkpoints"))
+            checkpoints.save(run.step, run.save(out / "checkpoints"))
     metrics = _metrics(run, rows_RL, valid_RL, settings)
     checkpoint.save(run.model, tokens_dir / "tokenizer", out, _card(metrics, settings))
     return metrics

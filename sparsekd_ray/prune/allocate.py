@@ -82,6 +82,20 @@ def tiered(
     return {name: options.ranks[i] for name, options, i in zip(names, table, chosen, strict=True)}
 
 
+def uniform(
+    spectra: Mapping[str, np.ndarray], shapes: Shapes, sparsity: float, align: int, dense_mlp_params: int
+) -> dict[str, int | None]:
+    """Ranks that leave every matrix the same share of its parameters; arguments and errors as in `tiered`."""
+    names = list(shapes)
+    table = [_options(spectra[name], *shapes[name], align, False) for name in names]
+    target, tolerance = round(dense_mlp_params * (1 - sparsity)), TOLERANCE * dense_mlp_params
+    _check_budget(table, sparsity, target, tolerance, dense_mlp_params, align)
+    shares = [(1 - sparsity) * m * n for m, n in shapes.values()]
+    start = [int(np.argmin(np.abs(o.costs - share))) for o, share in zip(table, shares, strict=True)]
+    chosen = _repair(table, start, target, tolerance)
+    return {name: options.ranks[i] for name, options, i in zip(names, table, chosen, strict=True)}
+
+
 def _options(sigma_k: np.ndarray, m: int, n: int, align: int, protected: bool) -> Options:
     low_rank = len(sigma_k) < min(m, n)
     present = (len(sigma_k), len(sigma_k) * (m + n)) if low_rank else (None, m * n)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -19,9 +19,18 @@ from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.prune import allocate, svd
 
+Allocation = Literal["tiered", "uniform"]
+
 
 def prune(
-    source: Path, out: Path, *, sparsity: float, align: int, dense_mlp_params: int, say: Callable[[str], None]
+    source: Path,
+    out: Path,
+    *,
+    sparsity: float,
+    align: int,
+    allocation: Allocation = "tiered",
+    dense_mlp_params: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Prune `source` to the given sparsity into `out`; factors keep the source's number type.
 
@@ -32,9 +41,9 @@ def prune(
     start = time.perf_counter()
     model = checkpoint.load(source, dtype="auto")
     check_finite(model)
-    ranks = choose_ranks(model, sparsity, align, dense_mlp_params, say)
+    ranks = choose_ranks(model, sparsity, align, allocation, dense_mlp_params, say)
     student = factorise(model, ranks, say)
-    card = f"Low-rank student: {sparsity:.1%} of MLP parameters removed by tiered SVD, before any recovery.\n"
+    card = f"Low-rank student: {sparsity:.1%} of MLP parameters removed by {allocation} SVD, before any recovery.\n"
     checkpoint.save(student, source, out, card)
     sizes = {name: math.prod(shape) for name, shape in checkpoint.tensors_on_disk(out).items()}
     mlp_params = sum(size for name, size in sizes.items() if ".mlp." in name)
@@ -58,14 +67,21 @@ def check_finite(model: PreTrainedModel) -> None:
 
 
 def choose_ranks(
-    model: PreTrainedModel, sparsity: float, align: int, dense_mlp_params: int, say: Callable[[str], None]
+    model: PreTrainedModel,
+    sparsity: float,
+    align: int,
+    allocation: Allocation,
+    dense_mlp_params: int,
+    say: Callable[[str], None],
 ) -> dict[str, int | None]:
-    """The rank of every MLP matrix (None: dense) by the tiered rule, from the spectra of what it is now."""
+    """The rank of every MLP matrix (None: dense) by the rule named, from the spectra of what it is now."""
     shapes, held = checkpoint.shapes_from_config(model), checkpoint.mlp_ranks(model)
     spectra = {}
     for i, name in enumerate(shapes, 1):
         spectra[name] = svd.singular_values(checkpoint.mlp_matrix(model, name))[: held.get(name)].numpy()
         say(f"spectrum {i}/{len(shapes)} {name}")
+    if allocation == "uniform":
+        return allocate.uniform(spectra, shapes, sparsity, align, dense_mlp_params)
     return allocate.tiered(
         spectra, shapes, sparsity, align, dense_mlp_params, allocate.protected_names(shapes)
     )

@@ -8,6 +8,7 @@ artifact's record come last, once every shard is there and counted.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -154,8 +155,8 @@ def _stream(
     """(shard, rows) of every finished shard, as it finishes."""
     if not todo:
         return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own line per shard says how far it is
     actors = min(execution.actors, len(todo))
     finished = ray.data.from_items(
         [{"shard": index} for index in todo], override_num_blocks=len(todo)
