@@ -8,6 +8,7 @@ from typing import Any
 from sparsekd_ray.cascade import estimate
 from sparsekd_ray.cascade.plan import Step
 from sparsekd_ray.config import Config
+from sparsekd_ray.store import Store
 
 Records = Mapping[str, dict[str, Any]]
 
@@ -16,7 +17,9 @@ def begins(step: Step) -> str:
     return f"  ▶ {step.name:<24} {step.ref.name}"
 
 
-def ends(step: Step, record: dict[str, Any]) -> str:
+def ends(step: Step, store: Store) -> str:
+    record = store.record(step.ref)
+    assert record is not None, f"{step.name} has just been made"
     return f"  ✓ {step.name:<24} {figure(step.kind, record):<42} {record['seconds']:6.1f} s"
 
 

@@ -1,8 +1,8 @@
 """Runs a plan: makes what has no record yet, one stage after the other, and prints what it does.
 
 The driver holds no state that matters. What is done is what has a record in the store; a killed driver is replaced by
-submitting the same command again. Stages run as Ray tasks, captures on Ray Data, and distillations that are ready at
-the same time share one Ray Train worker group, since starting a group costs more than a small distillation.
+submitting the same command again. Stages run as Ray tasks, captures on Ray Data, distillations on Ray Train, as many as
+possible in one worker group.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -27,13 +28,18 @@ Say = Callable[[str], None]
 
 
 class Lines:
-    """Carries progress lines from any process of the cluster to the driver's console; picklable."""
+    """Carries lines from any process of the cluster to the driver's console; picklable."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
 
     def __call__(self, text: str) -> None:
-        self.queue.put_nowait(text)
+        """Progress, of which the console prints at most one line a second."""
+        self.queue.put_nowait((text, False))
+
+    def keep(self, text: str) -> None:
+        """A line that is printed in any case."""
+        self.queue.put_nowait((text, True))
 
 
 @ray.remote
@@ -50,34 +56,47 @@ def run(config: Config, steps: list[Step], store: Store, say: Say) -> None:
     with connected(config.execution, say), _console(say) as lines:
         while pending:
             batch = next_batch(pending)
-            for step in batch:
-                say(console.begins(step))
-            _make(batch, steps, config, store, say, lines)
-            for step in batch:
-                say(console.ends(step, store.record(step.ref) or {}))
+            with ExitStack() as held:  # another run may want the same artifacts
+                for step in batch:
+                    held.enter_context(store.lease(step.ref.key, f"run {config.name}", say=say))
+                _make(batch, steps, config, store, say, lines)
             pending = [step for step in pending if step not in batch]
 
 
 def next_batch(pending: list[Step]) -> list[Step]:
-    """The next steps to run together: any one that is ready and is no distillation, else all distillations that are."""
+    """The next steps to run together; `pending` is in an order that respects inputs.
+
+    A step that is ready and is no distillation runs alone. When only distillations are ready, a worker group starts,
+    which costs more than a small distillation: it also takes all that becomes possible by its own work, up to the
+    next capture.
+    """
     waiting = {step.name for step in pending}
     ready = [step for step in pending if not waiting & set(step.inputs.values())]
     single = next((step for step in ready if step.kind != "distill"), None)
-    return [single] if single else ready
+    if single is not None:
+        return [single]
+    group: list[Step] = []
+    for step in pending:
+        if step.kind != "cache" and not waiting & set(step.inputs.values()):
+            group.append(step)
+            waiting.remove(step.name)
+    return group
 
 
 def _make(batch: list[Step], steps: list[Step], config: Config, store: Store, say: Say, lines: Lines) -> None:
-    step = batch[0]
-    refs = {step.name: step.ref for step in steps}
-    parents = {role: refs[name] for role, name in step.inputs.items()}
+    step, refs = batch[0], {step.name: step.ref for step in steps}
     if step.kind == "distill":
-        _distill(batch, steps, config, store, say, lines)
-    elif step.kind == "cache":
+        _train(batch, steps, config, store, say, lines)
+        return
+    parents = {role: refs[name] for role, name in step.inputs.items()}
+    say(console.begins(step))
+    if step.kind == "cache":
         _capture(step, parents, config, store, say)
     else:
         resources = {"num_cpus": config.execution.threads, "num_gpus": int(config.execution.gpus)}
         task = _run_stage.options(**resources).remote(step, parents, store, config.execution, lines)
         _unwrapped(lambda: ray.get(task))
+    say(console.ends(step, store))
 
 
 def _capture(step: Step, parents: dict[str, Ref], config: Config, store: Store, say: Say) -> None:
@@ -100,30 +119,48 @@ def _capture(step: Step, parents: dict[str, Ref], config: Config, store: Store, 
     store.commit(step.ref, identity=step.identity, inputs=inputs, metrics=metrics, seconds=seconds)
 
 
-def _distill(
+def _train(
     batch: list[Step], steps: list[Step], config: Config, store: Store, say: Say, lines: Lines
 ) -> None:
+    from sparsekd_ray.distill.trainer import Work, train
+
+    work = []
+    for step in batch:
+        task = _job(step, steps) if step.kind == "distill" else partial(_alone, step, steps, store, config)
+        begin, end = partial(console.begins, step), partial(console.ends, step, store)
+        work.append(Work(step.ref, task, begin, end))
+    train(work, store, config.execution, say, lines)
+
+
+def _job(step: Step, steps: list[Step]) -> Any:
     from sparsekd_ray.distill.loop import Job
-    from sparsekd_ray.distill.trainer import train
+
+    by_name = {step.name: step for step in steps}
+    parents = {role: by_name[name].ref for role, name in step.inputs.items()}
+    return Job(
+        title=step.name,
+        student=parents["student"],
+        cache=parents["cache"],
+        teacher=by_name[by_name[step.inputs["cache"]].inputs["teacher"]].ref,
+        corpus=parents["texts"],
+        out=step.ref,
+        settings=step.settings,
+        seed=step.seed,
+        identity=step.identity,
+        inputs={role: ref.key for role, ref in parents.items()},
+    )
+
+
+def _alone(step: Step, steps: list[Step], store: Store, config: Config, lines: Lines) -> None:
+    """A step between distillations, on worker 0, with the threads it would have had as a task of its own."""
+    import torch
 
     refs = {step.name: step.ref for step in steps}
-    teachers = {step.name: refs[step.inputs["teacher"]] for step in steps if step.kind == "cache"}
-    jobs = [
-        Job(
-            title=step.name,
-            student=refs[step.inputs["student"]],
-            cache=refs[step.inputs["cache"]],
-            teacher=teachers[step.inputs["cache"]],
-            corpus=refs[step.inputs["texts"]],
-            out=step.ref,
-            settings=step.settings,
-            seed=step.seed,
-            identity=step.identity,
-            inputs={role: refs[name].key for role, name in step.inputs.items()},
-        )
-        for step in batch
-    ]
-    train(jobs, store, config.execution, say, lines)
+    parents = {role: refs[name] for role, name in step.inputs.items()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.execution.threads)
+    stages.run(step, parents, store, lines)
+    torch.set_num_threads(before)
 
 
 def _unwrapped(call: Callable[[], Any]) -> Any:
@@ -180,19 +217,19 @@ def _check_resources(execution: Execution, needed: int, say: Say) -> None:
 
 @contextmanager
 def _console(say: Say) -> Iterator[Lines]:
-    """Prints progress lines from everywhere in the cluster until the block ends, at most one a second."""
+    """Prints lines from everywhere in the cluster until the block ends."""
     queue = Queue(actor_options={"num_cpus": 0})
     over = threading.Event()
 
     def drain() -> None:
         printed = 0.0
-        while not over.is_set():
+        while not (over.is_set() and queue.empty()):
             try:
-                text = queue.get(timeout=0.5)
+                text, keep = queue.get(timeout=0.5)
             except Empty:
                 continue
-            if time.monotonic() - printed > 1:
-                say(console.inside(text))
+            if keep or time.monotonic() - printed > 1:
+                say(text if keep else console.inside(text))
                 printed = time.monotonic()
 
     printer = threading.Thread(target=drain, daemon=True)

@@ -164,7 +164,7 @@ def _hardware(config: Config) -> str:
     execution = config.execution
     if execution.gpus:
         cards = ", ".join(f"{card.count} × {card.name}" for card in execution.cards) or "GPUs of the cluster"
-        return f"{cards}; {execution.workers} workers; bf16 with fp32 master weights, perplexities in fp32 on the CPU"
+        return f"{cards}; {execution.workers} workers; bf16 with fp32 master weights"
     cpus, machine = os.cpu_count(), platform.machine()
     return f"{cpus} {machine} CPU cores; {execution.workers} workers; fp32, because bf16 is far slower on most CPUs"
 

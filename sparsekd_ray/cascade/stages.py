@@ -82,11 +82,15 @@ def _stage(step: Step, parents: dict[str, Ref], out: Path, store: Store, say: Sa
 
 
 def _evaluate(step: Step, inputs: dict[str, Path], out: Path, say: Say) -> dict[str, Any]:
+    import torch
+
     from sparsekd_ray import corpus
     from sparsekd_ray.evaluate.perplexity import evaluate
     from sparsekd_ray.model import checkpoint
 
-    model = checkpoint.load(inputs["model"])
+    gpu = torch.cuda.is_available()
+    dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
+    model = checkpoint.load(inputs["model"], dtype=dtype, device=device)
     figures = evaluate(model, corpus.domain_streams(inputs["texts"], "test"), step.settings.window, say)
     (out / "perplexity.json").write_text(json.dumps(figures, indent=1, sort_keys=True))
     return figures

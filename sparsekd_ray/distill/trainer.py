@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.train
+import ray.train.collective
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -15,25 +16,34 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from sparsekd_ray.config import Execution
 from sparsekd_ray.distill.loop import Job, Say, distill
 from sparsekd_ray.errors import SparseKDError
-from sparsekd_ray.store import Store
+from sparsekd_ray.store import Ref, Store
 
 COLLECTIVE_TIMEOUT_S = 120  # a lost worker is noticed after this long, not after torch's ten minutes
 
 
-def train(
-    jobs: list[Job], store: Store, execution: Execution, say: Say, lines: Callable[[str], None]
-) -> None:
-    """Runs `jobs` one after the other in one worker group; each commits its student to the store.
+class Work(NamedTuple):
+    """A distillation, for all workers, or something that worker 0 does alone between two of them; makes `ref`."""
+
+    ref: Ref
+    task: Job | Callable[[Any], None]
+    begin: Callable[[], str]
+    end: Callable[[], str]
+
+
+def train(work: list[Work], store: Store, execution: Execution, say: Say, lines: Any) -> None:
+    """Does `work` in order in one worker group; each piece commits its artifact to the store.
 
     A lost worker restarts the group, which goes on from the last checkpoint, at most `execution.max_failures` times.
     An error of ours (bad input, damaged artifact) would only come again and is raised at once.
-    `lines` is the picklable function with which workers print; `say` prints here.
+    `lines` prints from the workers (picklable, with `keep` for what must not be dropped); `say` prints here.
     """
     # real models take longer to load than Ray's default of 30 s for a worker group to start
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
+    if not execution.gpus:  # nobody preempts a laptop, and the watcher costs seconds of every start
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for failures in range(execution.max_failures + 1):
         try:
-            _trainer(jobs, store, execution, lines).fit()
+            _trainer(work, store, execution, lines).fit()
             return
         except TrainingFailedError as error:
             ours = _cause(error)
@@ -42,13 +52,11 @@ def train(
             say(f"worker group lost ({_short(error)}); restart {failures + 1} of {execution.max_failures}")
 
 
-def _trainer(
-    jobs: list[Job], store: Store, execution: Execution, lines: Callable[[str], None]
-) -> TorchTrainer:
+def _trainer(work: list[Work], store: Store, execution: Execution, lines: Any) -> TorchTrainer:
     resources = {"CPU": 1.0} | ({"GPU": 1.0} if execution.gpus else {})
     return TorchTrainer(
         _worker,
-        train_loop_config={"jobs": jobs, "store": store, "execution": execution, "say": lines},
+        train_loop_config={"work": work, "store": store, "execution": execution, "lines": lines},
         torch_config=TorchConfig(
             backend="nccl" if execution.gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
         ),
@@ -78,11 +86,22 @@ def _storage(store: Store) -> dict[str, Any]:
 def _worker(config: dict[str, Any]) -> None:
     import torch
 
+    store, lines, first = config["store"], config["lines"], ray.train.get_context().get_world_rank() == 0
     if not config["execution"].gpus:
         torch.set_num_threads(1)
-    for job in config["jobs"]:
-        distill(job, config["store"], config["execution"], config["say"])
-        ray.train.report({"done": job.title})
+    for work in config["work"]:
+        # all workers come here before worker 0 goes on, so that they see the same records
+        ray.train.collective.barrier()
+        if store.record(work.ref) is not None:
+            continue
+        if first:
+            lines.keep(work.begin())
+        if isinstance(work.task, Job):
+            distill(work.task, store, config["execution"], lines)
+        elif first:
+            work.task(lines)
+        if first:
+            lines.keep(work.end())
 
 
 def _cause(error: TrainingFailedError) -> SparseKDError | None:
