@@ -8,13 +8,12 @@ Nothing heavy is imported here: help answers in well under a second.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from sparsekd_ray.config import Config, explain, load
+from sparsekd_ray.config import Config, load
 from sparsekd_ray.errors import ConfigError
 
 DEFAULT = Path(__file__).parent.parent / "jobs" / "configs" / "laptop.yaml"
@@ -22,6 +21,7 @@ DEFAULT = Path(__file__).parent.parent / "jobs" / "configs" / "laptop.yaml"
 
 def parse(description: str, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     """The configuration, and the options that are none of it: `config` and `dry_run`."""
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")
     import tyro
 
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -33,13 +33,8 @@ def parse(description: str, argv: Sequence[str]) -> tuple[Config, argparse.Names
         "--dry-run       print the plan, with what is done and what will run, and stop"
     )
     default = load(ours.config)
-    try:
-        config = tyro.cli(
-            Config, description=usage, default=default, args=overrides, config=(tyro.conf.AvoidSubcommands,)
-        )
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"command line: {explain(e)}" for e in error.errors())) from None
-    return config, ours
+    plain = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(Config, description=usage, default=default, args=overrides, config=plain), ours
 
 
 def fail(error: Exception) -> int:

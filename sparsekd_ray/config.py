@@ -23,7 +23,7 @@ Control = Literal["dense+kd", "ce-only", "kl-only"]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Source(Settings):
@@ -95,6 +95,15 @@ class Standin(Settings):
     """Names of corpus sources kept out of this model's training: their text is new to it in the calibration mix."""
     sources: tuple[Source, ...] = ()
     """Text to train on; without any, the corpus's own sources but the unseen ones."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Standin:
+        if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.standin: hidden ({self.hidden}) must be an even multiple of heads ({self.heads}), and heads a "
+                f"multiple of kv_heads ({self.kv_heads})"
+            )
+        return self
 
 
 class Shape(Settings):
@@ -268,6 +277,11 @@ class Config(Settings):
                 f"distill.batch ({self.distill.batch}) gives less than one sequence to each of "
                 f"execution.workers ({self.execution.workers})"
             )
+        same = {0.0: "ce-only", 1.0: "kl-only"}.get(self.distill.alpha)
+        if same in self.cascade.controls and "dense+kd" in self.cascade.controls:
+            raise ValueError(
+                f"distill.alpha {self.distill.alpha:g} makes the controls dense+kd and {same} the same: drop {same}"
+            )
         names = {source.name for source in self.corpus.sources}
         unknown = set(self.model.standin.unseen if self.model.standin else ()) - names
         if unknown:
@@ -283,7 +297,7 @@ def load(path: Path) -> Config:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Shipped configurations: {_shipped()}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not a YAML file: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")

@@ -6,6 +6,7 @@ it comes back. The artifact's commit deletes them.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from sparsekd_ray.store import Ref, Store
@@ -48,6 +49,22 @@ class Kept:
         """Tag of the newest complete checkpoint."""
         names = self.store.published(self.ref, FOLDER)
         return max((n.split("/")[1] for n in names if n.endswith(f"/{PROGRESS}")), default=None)
+
+    def progress(self, name: str) -> Path:
+        """The `progress.json` of a complete checkpoint, verified."""
+        path = self.store.pull(self.ref, f"{FOLDER}/{name}/{PROGRESS}")
+        assert path is not None, f"{name} is complete"
+        return path
+
+    def discard_all(self) -> None:
+        self.store.discard(self.ref, FOLDER)
+
+    def forget(self, before: int | None = None) -> None:
+        """Frees this machine's copies, of checkpoints before a step or of all, once the store needs them no more."""
+        if self.store.remote and self.folder().is_dir():
+            for folder in self.folder().iterdir():
+                if before is None or folder.name < tag(before):
+                    shutil.rmtree(folder, ignore_errors=True)  # another worker of this machine may be first
 
     def fetch(self, name: str) -> Path:
         """The folder of a complete checkpoint, every file verified."""

@@ -6,7 +6,7 @@ import pytest
 
 from sparsekd_ray.cascade import console, job
 from sparsekd_ray.cascade.driver import next_batch
-from sparsekd_ray.cascade.estimate import mlp_shapes, parameters
+from sparsekd_ray.cascade.estimate import parameters
 from sparsekd_ray.cascade.plan import fingerprint, plan
 from sparsekd_ray.config import Config, Shape, load, parse
 from sparsekd_ray.errors import ConfigError
@@ -54,8 +54,6 @@ def test_parameter_counts_are_those_of_the_real_models():
                  vocab=151936)  # fmt: skip
     assert parameters(phi).total == 3_836_021_760 and parameters(phi).mlp == 2_415_919_104
     assert parameters(qwen).total == 596_049_920 and parameters(qwen).mlp == 264_241_152
-    for shape in (phi, qwen):
-        assert sum(m * n for m, n in mlp_shapes(shape).values()) == parameters(shape).mlp
 
 
 @pytest.mark.parametrize(
@@ -150,6 +148,9 @@ def test_a_budget_out_of_reach_is_refused_before_any_work():
         ("model.standin.unseen", ["poems"], "poems"),
         ("cascade.rounds.0.sparsity", 1.5, "cascade.rounds.0.sparsity.*less than 1"),
         ("model.path", "also/this", "either model.path"),
+        ("distill.alpha", 0.0, "drop ce-only"),
+        ("model.standin.heads", 3, "multiple of heads"),
+        ("distill.lr", float("inf"), "finite"),
     ],
 )
 def test_contradictions_are_explained(path, value, message):

@@ -16,10 +16,15 @@ DENSE, COLLAPSED = 30.0, 300.0
 @pytest.fixture(scope="module")
 def summary():
     tree = load(LAPTOP).model_dump(mode="json")
-    tree["cascade"] |= {"seeds": SEEDS, "rounds": [{"sparsity": 0.15}, {"sparsity": 0.65, "teacher": "dense+kd"}]}
+    tree["cascade"] |= {
+        "seeds": SEEDS,
+        "rounds": [{"sparsity": 0.15}, {"sparsity": 0.65, "teacher": "dense+kd"}],
+    }
     config = parse(tree, "test")
     steps = plan(config, lambda source: {"path": source.path}, {})
-    records = {step.name: {"metrics": metrics(step), "seconds": 1.0, "files": {}, "created": ""} for step in steps}
+    records = {
+        step.name: {"metrics": metrics(step), "seconds": 1.0, "files": {}, "created": ""} for step in steps
+    }
     return summarise(config, steps, records, {"command": "c", "reused": {"dense"}, "seconds": 2.0})
 
 
@@ -31,10 +36,22 @@ def metrics(step):
             untrained = "one-shot" in model or "pruned" in model
             ppl = DENSE if model == "dense" else COLLAPSED if untrained else 31.0 + int(model[-1])
             found = {"ppl": ppl, "tokens": 10, "domains": {"code": {"ppl": ppl + 1, "tokens": 10}}}
-            return {"window": 128, "stride": 64, "sliding": found, "disjoint": found}
+            return {"dtype": "float32", "window": 128, "stride": 64, "sliding": found, "disjoint": found}
         case "distill":
-            point = {"step": 0, "tokens": 0, "valid_ppl": 40.0, "valid_domains": {"code": 41.0}, "loss": [0, 0]}
-            return {"trained_tokens": 100, "best_step": 0, "valid_ppl": 40.0, "stopped": "budget", "history": [point]}
+            point = {
+                "step": 0,
+                "tokens": 0,
+                "valid_ppl": 40.0,
+                "valid_domains": {"code": 41.0},
+                "loss": [0, 0],
+            }
+            return {
+                "trained_tokens": 100,
+                "best_step": 0,
+                "valid_ppl": 40.0,
+                "stopped": "budget",
+                "history": [point],
+            }
         case "corpus":
             return {"tokens": {"train": {"code": 7}, "valid": {"code": 1}, "test": {"code": 2}}}
         case "prune":
@@ -53,7 +70,14 @@ def row(summary, stage):
 
 
 def test_rows_come_in_order_with_the_controls_beside(summary):
-    assert [r["stage"] for r in summary["rows"]] == ["Dense", "Dense + KD", "CE only", "KL only", "Round 1", "Round 2"]
+    assert [r["stage"] for r in summary["rows"]] == [
+        "Dense",
+        "Dense + KD",
+        "CE only",
+        "KL only",
+        "Round 1",
+        "Round 2",
+    ]
 
 
 def test_seeds_are_averaged_and_their_spread_is_the_sample_deviation(summary):

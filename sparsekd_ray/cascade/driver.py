@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sparsekd_ray.cascade import console, stages
 from sparsekd_ray.cascade.plan import Step
@@ -47,11 +48,14 @@ def _run_stage(step: Step, parents: dict[str, Ref], store: Store, execution: Exe
     import torch
 
     torch.set_num_threads(execution.threads)
-    stages.run(step, parents, store, lines)
+    stages.run(step, parents, store, execution.gpus, lines)
 
 
-def run(config: Config, steps: list[Step], store: Store, say: Say) -> None:
-    """Makes every step that is not in the store yet, in the plan's order as far as inputs allow."""
+def run(config: Config, steps: list[Step], store: Store, say: Say, still_ours: Callable[[], None]) -> None:
+    """Makes every step that is not in the store yet, in the plan's order as far as inputs allow.
+
+    `still_ours` raises StoreError if another driver has taken the run over.
+    """
     pending = [step for step in steps if store.record(step.ref) is None]
     with connected(config.execution, say), _console(say) as lines:
         while pending:
@@ -59,7 +63,10 @@ def run(config: Config, steps: list[Step], store: Store, say: Say) -> None:
             with ExitStack() as held:  # another run may want the same artifacts
                 for step in batch:
                     held.enter_context(store.lease(step.ref.key, f"run {config.name}", say=say))
-                _make(batch, steps, config, store, say, lines)
+                still_ours()
+                todo = [step for step in batch if store.record(step.ref) is None]
+                if todo:
+                    _make(todo, steps, config, store, say, lines)
             pending = [step for step in pending if step not in batch]
 
 
@@ -85,7 +92,7 @@ def next_batch(pending: list[Step]) -> list[Step]:
 
 def _make(batch: list[Step], steps: list[Step], config: Config, store: Store, say: Say, lines: Lines) -> None:
     step, refs = batch[0], {step.name: step.ref for step in steps}
-    if step.kind == "distill":
+    if any(step.kind == "distill" for step in batch):
         _train(batch, steps, config, store, say, lines)
         return
     parents = {role: refs[name] for role, name in step.inputs.items()}
@@ -159,7 +166,7 @@ def _alone(step: Step, steps: list[Step], store: Store, config: Config, lines: L
     parents = {role: refs[name] for role, name in step.inputs.items()}
     before = torch.get_num_threads()
     torch.set_num_threads(config.execution.threads)
-    stages.run(step, parents, store, lines)
+    stages.run(step, parents, store, config.execution.gpus, lines)
     torch.set_num_threads(before)
 
 
@@ -180,7 +187,9 @@ def connected(execution: Execution, say: Say) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings about actors are for Ray's developers
+    os.environ.setdefault(
+        "RAY_BACKEND_LOG_LEVEL", "fatal"
+    )  # its warnings about actors are for Ray's developers
     # threads that sleep while they wait, instead of spinning, train twice as fast on a machine that does other work too
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -218,7 +227,8 @@ def _check_resources(execution: Execution, needed: int, say: Say) -> None:
 @contextmanager
 def _console(say: Say) -> Iterator[Lines]:
     """Prints lines from everywhere in the cluster until the block ends."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # a spot node may go
     over = threading.Event()
 
     def drain() -> None:

@@ -1,7 +1,7 @@
 """What a run will take, from a model's shape alone: parameters, bytes of cache, memory per GPU.
 
 Pure arithmetic for the plan; nothing is loaded. Memory counts what DeepSpeed keeps per parameter (bf16 weights
-2 bytes, gradients 2, fp32 master and Adam moments 12), ZeRO's communication buckets, the loss's logits, and activations.
+2 bytes, gradients 2, fp32 master and Adam moments 12), ZeRO's communication buckets, the loss's logits, activations.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sparsekd_ray.config import Config, Shape
+from sparsekd_ray.model.checkpoint import mlp_parameters, total_parameters
+from sparsekd_ray.model.source import config_of
 
 GB = 1e9
 LOSS_ROWS = 512  # rows of logits alive in the loss, see distill/loss.py
@@ -26,23 +28,10 @@ class Parameters(NamedTuple):
 
 
 def parameters(shape: Shape) -> Parameters:
-    """Parameter counts; norms count with the attention of their block."""
-    head_dim = shape.head_dim or shape.hidden // shape.heads
-    projections = shape.hidden * head_dim * (2 * shape.heads + 2 * shape.kv_heads)
-    norms = 2 * shape.hidden + (2 * head_dim if shape.family == "qwen3" else 0)
-    return Parameters(
-        mlp=shape.layers * 3 * shape.hidden * shape.intermediate,
-        attention=shape.layers * (projections + norms) + shape.hidden,
-        embedding=shape.vocab * shape.hidden * (1 if shape.tied else 2),
-    )
-
-
-def mlp_shapes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(out, in) of every MLP matrix, Phi's gate and up fused in one."""
-    h, i = shape.hidden, shape.intermediate
-    block = {"phi3": {"gate_up_proj": (2 * i, h), "down_proj": (h, i)},
-             "qwen3": {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}}[shape.family]  # fmt: skip
-    return {f"model.layers.{n}.mlp.{name}": mn for n in range(shape.layers) for name, mn in block.items()}
+    """Parameter counts; norms count with the attention."""
+    config = config_of(shape)
+    mlp, embedding = mlp_parameters(config), shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    return Parameters(mlp, total_parameters(config) - mlp - embedding, embedding)
 
 
 def cache_bytes(config: Config) -> int:

@@ -43,12 +43,12 @@ def main(config: Config, command: str, dry_run: bool, say: Say) -> None:
     if dry_run:
         return
     reused = set(records)
-    with store.lease(f"runs/{config.name}/driver", f"run {config.name}"):
+    with store.lease(f"runs/{config.name}/driver", f"run {config.name}", say=say) as lease:
         write_run(config, steps, store)
         if len(records) < len(steps):
             from sparsekd_ray.cascade import driver  # imports Ray
 
-            driver.run(config, steps, store, say)
+            driver.run(config, steps, store, say, lease.ensure)
             records = find(steps, store)
         facts = {"command": command, "reused": reused, "seconds": time.monotonic() - started}
         report(config, steps, records, store, facts, say)
@@ -98,10 +98,12 @@ def report(
 ) -> None:
     """Writes report and metrics, and prints where they are and how to load the smallest model.
 
-    A run in which everything was there already keeps the report of the run that made it.
+    A run in which everything was there already keeps the report of the run that made it, if it is of the same plan.
     """
     folder = f"runs/{config.name}"
-    if facts["reused"] >= set(records) and store.read_text(f"{folder}/summary.json") is not None:
+    if facts["reused"] >= set(records) and _reported(store.read_text(f"{folder}/summary.json")) == [
+        step.ref.key for step in steps
+    ]:
         say("nothing to do: every step was done before")
     else:
         _render(config, steps, records, store, facts)
@@ -110,6 +112,11 @@ def report(
     if exports:
         say(f"model    {store.root}/{exports[-1].ref.key}/low-rank")
         say(f"load it  {_load_command(store, exports[-1])}")
+
+
+def _reported(summary: str | None) -> list[str] | None:
+    """The artifacts that an earlier report was made of."""
+    return None if summary is None else [step["artifact"] for step in json.loads(summary)["steps"]]
 
 
 def _render(
@@ -152,8 +159,11 @@ def _commands(config: Config, steps: list[Step], store: Store, command: str) -> 
 
 def _load_command(store: Store, step: Step) -> str:
     if store.remote:
-        return f"aws s3 cp --recursive {store.root}/{step.ref.key}/merged student  # then from_pretrained('student')"
-    path = f"{store.root}/{step.ref.key}/low-rank"
+        return f"aws s3 cp --recursive {store.root}/{step.ref.key}/low-rank student && {_python('student')}"
+    return _python(f"{store.root}/{step.ref.key}/low-rank")
+
+
+def _python(path: str) -> str:
     return (
         'python -c "from transformers import AutoModelForCausalLM; '
         f"print(AutoModelForCausalLM.from_pretrained('{path}', trust_remote_code=True))\""

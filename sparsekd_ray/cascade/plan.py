@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparsekd_ray.config import Config, Control, Corpus, Distill, Settings, Source
+from sparsekd_ray.config import Config, Control, Corpus, Distill, Settings, Source, Standin
 from sparsekd_ray.store import Ref
 
 # raised when a stage's code changes what it computes, so that older artifacts are not taken for new ones
@@ -55,17 +55,12 @@ def plan(config: Config, identify: Identify, model_identity: Mapping[str, Any]) 
     `model_identity` does so for a dense model that is not trained here.
     """
     book = _Book()
-    _dense(book, config, identify, model_identity)
-    tokenizer = "tokenizer" if config.model.standin else "dense"
-    book.add(
-        "corpus",
-        "corpus",
-        "-".join(source.name for source in config.corpus.sources)[:48],
-        _corpus_identity(config.corpus, identify, config.seed),
-        {"tokenizer": tokenizer},
-        config.corpus,
-        config.seed,
-    )
+    if config.model.standin is None:
+        label = str(config.model.path).rstrip("/").split("/")[-1][:48]
+        book.add("dense", "dense", label, dict(model_identity), {}, config.model)
+        _corpus(book, config, identify, "dense")
+    else:
+        _standin(book, config, config.model.standin, identify)
     _evaluate(book, config, "dense")
     _cache(book, config, "dense", "dense")
     for round_ in config.cascade.rounds:
@@ -124,12 +119,20 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
 
-def _dense(book: _Book, config: Config, identify: Identify, model_identity: Mapping[str, Any]) -> None:
-    standin = config.model.standin
-    if standin is None:
-        label = str(config.model.path).rstrip("/").split("/")[-1][:48]
-        book.add("dense", "dense", label, dict(model_identity), {}, config.model)
-        return
+def _corpus(book: _Book, config: Config, identify: Identify, tokenizer: str) -> None:
+    book.add(
+        "corpus",
+        "corpus",
+        "-".join(source.name for source in config.corpus.sources)[:48],
+        _corpus_identity(config.corpus, identify, config.seed),
+        {"tokenizer": tokenizer},
+        config.corpus,
+        config.seed,
+    )
+
+
+def _standin(book: _Book, config: Config, standin: Standin, identify: Identify) -> None:
+    """The calibration text comes before the training, so that a source that is too small is found before the work."""
     sources = standin.sources or tuple(s for s in config.corpus.sources if s.name not in standin.unseen)
     texts = config.corpus.model_copy(
         update={
@@ -148,6 +151,7 @@ def _dense(book: _Book, config: Config, identify: Identify, model_identity: Mapp
         (texts, standin),
         config.seed,
     )
+    _corpus(book, config, identify, "tokenizer")
     book.add(
         "pretraining text",
         "corpus",

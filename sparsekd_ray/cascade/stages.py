@@ -19,11 +19,11 @@ from sparsekd_ray.store import Ref, Store
 Say = Callable[[str], None]
 
 
-def run(step: Step, parents: dict[str, Ref], store: Store, say: Say) -> None:
+def run(step: Step, parents: dict[str, Ref], store: Store, gpu: bool, say: Say) -> None:
     """Makes the artifact of `step`; `parents` maps its roles to the artifacts they name."""
     started = time.monotonic()
     with store.building(step.ref) as out:
-        metrics = _stage(step, parents, out, store, say)
+        metrics = _stage(step, parents, out, store, gpu, say)
     store.commit(
         step.ref,
         identity=step.identity,
@@ -33,7 +33,9 @@ def run(step: Step, parents: dict[str, Ref], store: Store, say: Say) -> None:
     )
 
 
-def _stage(step: Step, parents: dict[str, Ref], out: Path, store: Store, say: Say) -> dict[str, Any]:
+def _stage(
+    step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: bool, say: Say
+) -> dict[str, Any]:
     inputs = {role: store.fetch(ref) for role, ref in parents.items()}
     match step.kind:
         case "tokenizer":
@@ -73,7 +75,7 @@ def _stage(step: Step, parents: dict[str, Ref], out: Path, store: Store, say: Sa
                 say=say,
             )
         case "evaluate":
-            return _evaluate(step, inputs, out, say)
+            return _evaluate(step, inputs, out, gpu, say)
         case "export":
             from sparsekd_ray.model.export import export
 
@@ -81,17 +83,16 @@ def _stage(step: Step, parents: dict[str, Ref], out: Path, store: Store, say: Sa
     raise AssertionError(f"no stage makes a {step.kind}")
 
 
-def _evaluate(step: Step, inputs: dict[str, Path], out: Path, say: Say) -> dict[str, Any]:
-    import torch
-
+def _evaluate(step: Step, inputs: dict[str, Path], out: Path, gpu: bool, say: Say) -> dict[str, Any]:
     from sparsekd_ray import corpus
     from sparsekd_ray.evaluate.perplexity import evaluate
     from sparsekd_ray.model import checkpoint
 
-    gpu = torch.cuda.is_available()
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     model = checkpoint.load(inputs["model"], dtype=dtype, device=device)
-    figures = evaluate(model, corpus.domain_streams(inputs["texts"], "test"), step.settings.window, say)
+    figures = {"dtype": dtype} | evaluate(
+        model, corpus.domain_streams(inputs["texts"], "test"), step.settings.window, say
+    )
     (out / "perplexity.json").write_text(json.dumps(figures, indent=1, sort_keys=True))
     return figures
 

@@ -54,7 +54,7 @@ def _protocol(figures: dict[str, Any]) -> dict[str, Any]:
     sentence = (
         f"Perplexity per token on held-out documents: windows of {window} tokens with stride {stride}, every "
         f"prediction of every window counted; beside it the same on windows of {window} that do not overlap. Text "
-        "of one domain is joined by the end-of-text token; precision as named under hardware."
+        f"of one domain is joined by the end-of-text token; computed in {figures['dtype']}."
     )
     return {"window": window, "stride": stride, "sentence": sentence}
 

@@ -13,6 +13,7 @@ Shapes: B sequences, L tokens, K kept ids.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from sparsekd_ray.config import Distill, Execution
 from sparsekd_ray.distill import schedule
 from sparsekd_ray.distill.loss import Target, kd_loss
 from sparsekd_ray.distill.reader import SampleReader
-from sparsekd_ray.errors import IntegrityError
+from sparsekd_ray.errors import IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, window_starts
 from sparsekd_ray.kept import PROGRESS, Kept, tag
 from sparsekd_ray.model import checkpoint
@@ -116,6 +117,11 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
         nonlocal best
         point = _validate(model, valid, reader.seq_len) | {"step": progress.step, "loss": losses}
         progress.history.append(point | {"tokens": progress.step * settings.batch * (reader.seq_len - 1)})
+        if not math.isfinite(point["valid_ppl"]):
+            raise ModelError(
+                f"{job.title} diverged: validation perplexity {point['valid_ppl']} at step {progress.step}, learning rate "
+                f"{settings.lr:g}. Lower distill.lr, or the round's lr; what was finished before is intact."
+            )
         if rank == 0:
             say(_line(job.title, progress, steps, settings, started))
         if point["valid_ppl"] == min(progress.perplexities):
@@ -125,6 +131,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
 
     if not progress.history:
         validate_and_save([0.0, 0.0])
+    model.train()  # as after a validation, which a resumed run has not just had
     sums = torch.zeros(2, dtype=torch.float64)
     while progress.step < steps and not schedule.verdict(
         progress.perplexities, settings.patience, settings.min_gain
@@ -142,6 +149,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
         _commit(job, store, model, source, progress, steps, time.monotonic() - started)
     engine.destroy()
     _barrier()
+    kept.forget()
 
 
 def _step(
@@ -170,7 +178,7 @@ def _step(
 
 
 def _engine(student: Student, settings: Distill, execution: Execution, micro_steps: int) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ["DS_ACCELERATOR"] = "cuda" if execution.gpus else "cpu"
     import deepspeed
 
     # on a CPU this op would be compiled for 90 seconds at the first start; gloo does its work
@@ -184,7 +192,7 @@ def _engine(student: Student, settings: Distill, execution: Execution, micro_ste
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": settings.grad_clip,
         "zero_optimization": zero,
-        "bf16": {"enabled": torch.cuda.is_available()},
+        "bf16": {"enabled": execution.gpus},
         "optimizer": {"type": "AdamW", "params": optimizer | {"torch_adam": not execution.offload}},
         "steps_per_print": 10**9,
     }
@@ -248,6 +256,7 @@ def _save(engine: Any, kept: Kept, progress: Progress, best: dict[str, torch.Ten
         kept.publish([folder / PROGRESS])
         kept.drop_before(progress.step)
     _barrier()
+    kept.forget(before=progress.step)
 
 
 def _resume(job: Job, engine: Any, kept: Kept, say: Say) -> tuple[Progress, dict[str, torch.Tensor]] | None:
@@ -256,13 +265,15 @@ def _resume(job: Job, engine: Any, kept: Kept, say: Say) -> tuple[Progress, dict
     newest = _agree(kept.newest())
     if newest is None:
         return None
-    folder = kept.fetch(newest)
-    progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+    progress = Progress(**json.loads(kept.progress(newest).read_text()))
     if progress.world != world:
         # optimiser states are cut for a number of workers
         if rank == 0:
             say(f"{job.title}: checkpoint of {progress.world} workers, now {world}: starting this step again")
+            kept.discard_all()
+        _barrier()
         return None
+    folder = kept.fetch(newest)
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if engine.global_steps != progress.step:
         raise IntegrityError(

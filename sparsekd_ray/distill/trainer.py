@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import uuid
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from sparsekd_ray.distill.loop import Job, Say, distill
 from sparsekd_ray.errors import SparseKDError
 from sparsekd_ray.store import Ref, Store
 
-COLLECTIVE_TIMEOUT_S = 120  # a lost worker is noticed after this long, not after torch's ten minutes
+# Ray notices a dead worker at once; this must only outlast worker 0's upload of a large checkpoint
+COLLECTIVE_TIMEOUT_S = 1800
 
 
 class Work(NamedTuple):
@@ -90,14 +92,16 @@ def _worker(config: dict[str, Any]) -> None:
     if not config["execution"].gpus:
         torch.set_num_threads(1)
     for work in config["work"]:
-        # all workers come here before worker 0 goes on, so that they see the same records
-        ray.train.collective.barrier()
-        if store.record(work.ref) is not None:
+        # worker 0's answer for all: a shared disk may show one of them a record later than another
+        if ray.train.collective.broadcast_from_rank_zero(store.record(work.ref) is not None):
             continue
         if first:
             lines.keep(work.begin())
         if isinstance(work.task, Job):
-            distill(work.task, store, config["execution"], lines)
+            with store.building(work.ref):
+                distill(work.task, store, config["execution"], lines)
+            gc.collect()  # the engine holds itself in cycles, and the next job wants the card's memory
+            torch.cuda.empty_cache()
         elif first:
             work.task(lines)
         if first:

@@ -23,9 +23,9 @@ ROWS_PER_CHUNK = 512
 
 
 def protocol(window: int, context: int) -> tuple[int, int]:
-    """(window, stride) in tokens: the paper's, cut to the model's context."""
-    size = min(window, context)
-    return size, max(1, size // 2)
+    """(window, stride) in tokens: the paper's, cut to the model's context; the window is even."""
+    size = min(window, context) // 2 * 2
+    return size, size // 2
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:

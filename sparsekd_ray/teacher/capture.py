@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -50,9 +51,13 @@ class TeacherActor:
         name = shards.shard_name(index)
         source = self.store.fetch(self.texts, [f"train/{name}"]) / "train" / name
         rows = corpus.read_shard(source)
-        path = self.store.workdir(self.out) / name
-        shards.write(path, rows, self.signal(rows))
-        self.store.publish(self.out, name)
+        signal = self.signal(rows)
+        with self.store.building(self.out) as folder:
+            # whole or not at all: another attempt may be writing the same shard
+            passing = folder / f".{name}.{os.getpid()}.tmp"
+            shards.write(passing, rows, signal)
+            passing.replace(folder / name)
+            self.store.publish(self.out, name)
         return len(rows)
 
     @torch.inference_mode()
