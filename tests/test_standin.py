@@ -150,20 +150,26 @@ def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_stacked_update_equals_a_loop_over_matrices() -> None:
+@pytest.mark.parametrize("parts", [None, [3, 9]])
+def test_stacked_update_equals_a_loop_over_matrices(parts: list[int] | None) -> None:
     rng = torch.Generator().manual_seed(3)
     shapes = [(12, 8), (8, 12), (12, 8), (8, 8), (12, 8)]
     matrices = [torch.randn(shape, generator=rng).requires_grad_() for shape in shapes]
     naive = [matrix.detach().clone() for matrix in matrices]
     averages = [torch.zeros(shape) for shape in shapes]
-    muon = Muon(matrices, lr=0.1, momentum=0.9)
+    fused = [matrix for matrix in matrices if matrix.shape == (12, 8)]
+    others = [matrix for matrix in matrices if matrix.shape != (12, 8)]
+    muon = Muon([{"params": fused, "parts": parts}, {"params": others}], lr=0.1, momentum=0.9)
     for _ in range(3):
         for i, matrix in enumerate(matrices):
             matrix.grad = torch.randn(matrix.shape, generator=rng)
             averages[i] = 0.9 * averages[i] + 0.1 * matrix.grad
             ahead = 0.9 * averages[i] + 0.1 * matrix.grad
-            rows, columns = matrix.shape
-            naive[i] -= 0.1 * max(1, rows / columns) ** 0.5 * newton_schulz(ahead)
+            first = 0
+            for rows in parts if parts and shapes[i] == (12, 8) else [shapes[i][0]]:
+                block = slice(first, first + rows)
+                naive[i][block] -= 0.1 * max(1, rows / shapes[i][1]) ** 0.5 * newton_schulz(ahead[block])
+                first += rows
         muon.step()
     for matrix, expected in zip(matrices, naive, strict=True):
         torch.testing.assert_close(matrix.detach(), expected, rtol=0, atol=2e-5)

@@ -119,8 +119,8 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
         progress.history.append(point | {"tokens": progress.step * settings.batch * (reader.seq_len - 1)})
         if not math.isfinite(point["valid_ppl"]):
             raise ModelError(
-                f"{job.title} diverged: validation perplexity {point['valid_ppl']} at step {progress.step}, learning rate "
-                f"{settings.lr:g}. Lower distill.lr, or the round's lr; what was finished before is intact."
+                f"{job.title} diverged: validation perplexity {point['valid_ppl']} at step {progress.step}, learning "
+                f"rate {settings.lr:g}. Lower distill.lr, or the round's lr; what was finished before is intact."
             )
         if rank == 0:
             say(_line(job.title, progress, steps, settings, started))

@@ -53,11 +53,13 @@ def _step(gram_BKK: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal, times lr · √max(1, M/N).
 
-    Matrices of one shape go through together: few products of stacks instead of many small ones.
+    Matrices of one group and shape go through together: few products of stacks instead of many small ones. A
+    group of fused matrices (queries, keys and values; gate and up) names the sizes of their row blocks in "parts";
+    each block is made orthogonal by itself, which learns better than the whole.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "parts": None})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -67,13 +69,18 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 shapes.setdefault(matrix.shape, []).append(matrix)
             for same in shapes.values():
-                self._update(same, group["lr"], group["momentum"])
+                self._update(same, group["lr"], group["momentum"], group["parts"])
 
-    def _update(self, same: list[Tensor], lr: float, momentum: float) -> None:
-        outputs, inputs = same[0].shape
+    def _update(self, same: list[Tensor], lr: float, momentum: float, parts: list[int] | None) -> None:
         gradients = [matrix.grad for matrix in same if matrix.grad is not None]
         averages = [self.state[m].setdefault("momentum", torch.zeros_like(m)) for m in same]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         ahead_BMN = torch.stack(gradients).lerp_(torch.stack(averages), momentum)
-        rate = lr * max(1.0, outputs / inputs) ** 0.5
-        torch._foreach_add_(same, list(orthogonalise(ahead_BMN).unbind()), alpha=-rate)
+        blocks = ahead_BMN.split(parts or [ahead_BMN.shape[1]], dim=1)
+        steps_BMN = torch.cat([_scaled(block) for block in blocks], dim=1)
+        torch._foreach_add_(same, list(steps_BMN.unbind()), alpha=-lr)
+
+
+def _scaled(matrices_BMN: Tensor) -> Tensor:
+    outputs, inputs = matrices_BMN.shape[1:]
+    return orthogonalise(matrices_BMN) * max(1.0, outputs / inputs) ** 0.5

@@ -198,12 +198,14 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = Phi3ForCausalLM(config)
-        matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+        for layer in model.model.layers:  # each block begins as the identity: learns faster
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
         others = [p for name, p in model.named_parameters() if ".layers." not in name or p.ndim != 2]
-        muon = Muon(matrices, lr=settings.lr)
+        muon = Muon(_matrices(model, settings), lr=settings.lr)
         adamw = torch.optim.AdamW(others, lr=settings.lr_adam, betas=(0.9, 0.95), weight_decay=0.0)
-        for optimiser in (muon, adamw):
-            optimiser.param_groups[0]["peak"] = optimiser.param_groups[0]["lr"]
+        for group in muon.param_groups + adamw.param_groups:
+            group["peak"] = group["lr"]
         return cls(model, {"muon": muon, "adamw": adamw}, [], 0.0)
 
     @property
@@ -215,7 +217,8 @@ class _Run:
         loss = token_nll(self.model, ids_BL).mean()
         loss.backward()
         for optimiser in self.optimisers.values():
-            optimiser.param_groups[0]["lr"] = optimiser.param_groups[0]["peak"] * share
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * share
             optimiser.step()
             optimiser.zero_grad()
         self.losses.append(loss.item())
@@ -257,6 +260,22 @@ class _Run:
             raise IntegrityError(
                 f"{folder} is no checkpoint of this stand-in: {error}. Delete it to go on from an older one"
             ) from error
+
+
+def _matrices(model: Phi3ForCausalLM, settings: Standin) -> list[dict[str, Any]]:
+    """The matrices inside the blocks, kind by kind, with the row blocks of the fused ones."""
+    key = settings.hidden // settings.heads * settings.kv_heads
+    kinds: dict[str, list[int] | None] = {
+        "self_attn.qkv_proj": [settings.hidden, key, key],
+        "mlp.gate_up_proj": [settings.intermediate, settings.intermediate],
+        "self_attn.o_proj": None,
+        "mlp.down_proj": None,
+    }
+    layers = model.model.layers
+    return [
+        {"params": [layer.get_submodule(kind).weight for layer in layers], "parts": parts}
+        for kind, parts in kinds.items()
+    ]
 
 
 def _teller(run: _Run, length: int, settings: Standin, say: Say) -> Callable[[], None]:
