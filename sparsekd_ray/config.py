@@ -84,12 +84,12 @@ class Standin(Settings):
     kv_heads: Positive = 2
     vocab: int = Field(2048, ge=300)
     """Size of the byte-level BPE vocabulary, trained on the same text."""
-    steps: Positive = 480
+    steps: Positive = 400
     batch: Positive = 8
     """Sequences per step, of `corpus.seq_len` tokens; `steps × batch` sequences are read once."""
     lr: float = Field(0.02, gt=0)
     """Peak learning rate of Muon (matrices)."""
-    lr_adam: float = Field(0.02, gt=0)
+    lr_adam: float = Field(0.03, gt=0)
     """Peak learning rate of AdamW (embedding and norms)."""
     unseen: tuple[str, ...] = ()
     """Names of corpus sources kept out of this model's training: their text is new to it in the calibration mix."""

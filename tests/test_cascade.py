@@ -141,12 +141,12 @@ def test_killed_and_resubmitted_it_ends_the_same(finished, tmp_path):
     done: dict[str, str] = {}
     for kill in range(KILLS):
         driver = submit(config, store)
-        wait_for_steps(driver, store, round((kill + moments.random()) * steps / KILLS))
-        time.sleep(moments.uniform(0, 8))
+        wait_for_steps(driver, store, min(steps - 1, (kill + 1) * steps // (KILLS + 1)))
+        time.sleep(moments.uniform(0, 3))
         kill_tree(driver)
         assert done.items() <= records_of(store).items(), "a finished artifact was built twice"
         done = records_of(store)
-        print(f"kill {kill + 1}: {len(done)} of {steps} steps were done")
+        print(f"kill {kill + 1}: {len(done)} of {steps} steps were done, the last {newest(store)}")
     driver = submit(config, store)
     output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, output
@@ -163,9 +163,17 @@ def submit(config: Path, store: Store) -> subprocess.Popen:
 
 
 def wait_for_steps(driver: subprocess.Popen, store: Store, count: int) -> None:
-    """Until `count` artifacts exist, or the run has ended. Moments spread over the plan reach every stage."""
+    """Until `count` artifacts exist, or the run has ended."""
     while driver.poll() is None and len(records_of(store)) < count:
         time.sleep(0.05)
+
+
+def newest(store: Store) -> str:
+    """What was written last in the store, wherever it was killed."""
+    files = [path for path in Path(store.root).glob("artifacts/**/*") if path.is_file()]
+    return (
+        str(max(files, key=lambda path: path.stat().st_mtime).relative_to(store.root)) if files else "nothing"
+    )
 
 
 def kill_tree(driver: subprocess.Popen) -> None:
