@@ -84,7 +84,7 @@ class Standin(Settings):
     kv_heads: Positive = 2
     vocab: int = Field(2048, ge=300)
     """Size of the byte-level BPE vocabulary, trained on the same text."""
-    steps: Positive = 320
+    steps: Positive = 400
     batch: Positive = 8
     """Sequences per step, of `corpus.seq_len` tokens; `steps × batch` sequences are read once."""
     lr: float = Field(0.02, gt=0)
