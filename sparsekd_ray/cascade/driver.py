@@ -8,6 +8,7 @@ possible in one worker group.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -196,6 +197,7 @@ def connected(execution: Execution, say: Say) -> Iterator[None]:
     needed = max(execution.workers, execution.actors, execution.threads)
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
         except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
             raise SparseKDError(
@@ -210,6 +212,16 @@ def connected(execution: Execution, say: Say) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """ConnectionError or TimeoutError within seconds where nothing listens; Ray alone would try for two minutes."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise ConnectionError(str(error)) from None
 
 
 def _check_resources(execution: Execution, needed: int, say: Say) -> None:
