@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/${BIN:-.venv/bin}:$PATH"
 export RAY_AUTH_MODE=token
-export OMP_WAIT_POLICY=passive # waiting threads sleep: twice as fast on a machine that does other work too
+export OMP_WAIT_POLICY=passive # waiting threads sleep and leave the cores to other work
 store=${STORE:-$PWD/store}
 address=${RAY_ADDRESS:-http://127.0.0.1:8265}
 

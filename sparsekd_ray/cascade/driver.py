@@ -191,7 +191,7 @@ def connected(execution: Execution, say: Say) -> Iterator[None]:
     os.environ.setdefault(
         "RAY_BACKEND_LOG_LEVEL", "fatal"
     )  # its warnings about actors are for Ray's developers
-    # threads that sleep while they wait, instead of spinning, train twice as fast on a machine that does other work too
+    # threads that sleep while they wait, instead of spinning, leave the cores to whatever else the machine does
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     needed = max(execution.workers, execution.actors, execution.threads)
