@@ -5,11 +5,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/${BIN:-.venv/bin}:$PATH"
 export RAY_AUTH_MODE=token
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when the job is over, nothing is left to wait half a minute for
 export OMP_WAIT_POLICY=passive # waiting threads sleep and leave the cores to other work
 store=${STORE:-$PWD/store}
 address=${RAY_ADDRESS:-http://127.0.0.1:8265}
 
-answers() { ray job list --address "$address" >/dev/null 2>&1; }
+# the port first: asking Ray itself costs seconds of imports, on the cores that are to start it
+listens() { (: </dev/tcp/127.0.0.1/8265) 2>/dev/null; }
+answers() { { [ "$address" != http://127.0.0.1:8265 ] || listens; } && ray job list --address "$address" >/dev/null 2>&1; }
 
 if ! answers; then
   cpus=$(nproc)

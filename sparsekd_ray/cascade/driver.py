@@ -59,6 +59,7 @@ def run(config: Config, steps: list[Step], store: Store, say: Say, still_ours: C
     """
     pending = [step for step in steps if store.record(step.ref) is None]
     with connected(config.execution, say), _console(say) as lines:
+        threading.Thread(target=_import_ahead, daemon=True).start()
         while pending:
             batch = next_batch(pending)
             with ExitStack() as held:  # another run may want the same artifacts
@@ -74,21 +75,27 @@ def run(config: Config, steps: list[Step], store: Store, say: Say, still_ours: C
 def next_batch(pending: list[Step]) -> list[Step]:
     """The next steps to run together; `pending` is in an order that respects inputs.
 
-    A step that is ready and is no distillation runs alone. When only distillations are ready, a worker group starts,
-    which costs more than a small distillation: it also takes all that becomes possible by its own work, up to the
-    next capture.
+    A step that is ready and is no distillation runs alone, captures after the others: Ray keeps a process for the
+    next task only until actors want its CPU. When only distillations are ready, a worker group starts, which costs
+    more than a small distillation: it also takes all that becomes possible by its own work, up to the next capture.
     """
     waiting = {step.name for step in pending}
     ready = [step for step in pending if not waiting & set(step.inputs.values())]
-    single = next((step for step in ready if step.kind != "distill"), None)
-    if single is not None:
-        return [single]
+    alone = sorted((step for step in ready if step.kind != "distill"), key=lambda step: step.kind == "cache")
+    if alone:
+        return alone[:1]
     group: list[Step] = []
     for step in pending:
         if step.kind != "cache" and not waiting & set(step.inputs.values()):
             group.append(step)
             waiting.remove(step.name)
     return group
+
+
+def _import_ahead() -> None:
+    """Ray Data and Ray Train take seconds to import, which pass unnoticed beside the first stage."""
+    import sparsekd_ray.distill.trainer
+    import sparsekd_ray.teacher.capture  # noqa: F401
 
 
 def _make(batch: list[Step], steps: list[Step], config: Config, store: Store, say: Say, lines: Lines) -> None:

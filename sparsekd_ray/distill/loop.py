@@ -4,8 +4,9 @@ All workers run this same function over the same list of jobs, so one worker gro
 ZeRO averages gradients over workers; each worker's loss is therefore (workers / N) · Σ over its own positions, N being
 the step's positions over all workers, so that whatever the split, the gradient is that of the global mean.
 
-A checkpoint is written at every validation and exists once its `progress.json` is published: the DeepSpeed state of
-every worker, the best weights so far, and the history that decides when to stop. Resuming continues bit for bit.
+A checkpoint is written at every validation after which training goes on, and exists once its `progress.json` is
+published: the DeepSpeed state of every worker, the best weights so far, and the history that decides when to stop.
+Resuming continues bit for bit.
 
 Shapes: B sequences, L tokens, K kept ids.
 """
@@ -113,7 +114,11 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     kept = Kept(store, job.out)
     progress, best = _resume(job, engine, kept, say) or (Progress(0, world, 0, []), {})
 
-    def validate_and_save(losses: list[float]) -> None:
+    def over() -> bool:
+        stop = schedule.verdict(progress.perplexities, settings.patience, settings.min_gain)
+        return progress.step == steps or stop is not None
+
+    def validate(losses: list[float]) -> None:
         nonlocal best
         point = _validate(model, valid, reader.seq_len) | {"step": progress.step, "loss": losses}
         progress.history.append(point | {"tokens": progress.step * settings.batch * (reader.seq_len - 1)})
@@ -127,21 +132,20 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
         if point["valid_ppl"] == min(progress.perplexities):
             progress.best_step = progress.step
             best = _weights(model) if rank == 0 else {}
-        _save(engine, kept, progress, best)
 
     if not progress.history:
-        validate_and_save([0.0, 0.0])
+        validate([0.0, 0.0])
     model.train()  # as after a validation, which a resumed run has not just had
     sums = torch.zeros(2, dtype=torch.float64)
-    while progress.step < steps and not schedule.verdict(
-        progress.perplexities, settings.patience, settings.min_gain
-    ):
+    while not over():
         sums += _step(engine, reader, job, progress.step, steps, sizes, rank)
         progress.step += 1
         if progress.step % settings.validate_every == 0 or progress.step == steps:
             since = progress.step - progress.history[-1]["step"]
-            validate_and_save((_total(sums) / (since * settings.batch * (reader.seq_len - 1))).tolist())
+            validate((_total(sums) / (since * settings.batch * (reader.seq_len - 1))).tolist())
             sums.zero_()
+            if not over():
+                _save(engine, kept, progress, best)
     _barrier()
     if rank == 0:
         for name, parameter in model.named_parameters():

@@ -99,16 +99,19 @@ def chunk_loss(
     kl_weight: float,
     ce_weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Σ KL and Σ CE of one chunk, and the gradient of `kl_weight · T² · KL + ce_weight · CE` to its logits [n, V]."""
+    """Σ KL and Σ CE of one chunk, and the gradient of `kl_weight · T² · KL + ce_weight · CE` to its logits [n, V].
+
+    The memory of `logits_nV` is used up.
+    """
     valid_n = labels_n >= 0
     ids_nK = target.ids_NK.long()
-    peak_n1 = logits_nV.amax(-1, keepdim=True)
+    below_nV = logits_nV.sub_(logits_nV.amax(-1, keepdim=True))  # the largest is 0: nothing overflows
     smallest = torch.finfo(logits_nV.dtype).tiny
 
     # e = exp(x/T) up to a factor; zeroing the kept ids before the sum gives the tail without a cancelling 1 − Σ q
-    e_nV = ((logits_nV - peak_n1) / temperature).exp_()
+    e_nV = (below_nV / temperature).exp_()
     z_n = e_nV.sum(-1)
-    log_q_nK = (logits_nV.gather(1, ids_nK) - peak_n1) / temperature - z_n.log()[:, None]
+    log_q_nK = below_nV.gather(1, ids_nK) / temperature - z_n.log()[:, None]
     e_nV.scatter_(1, ids_nK, 0)
     rest_n = e_nV.sum(-1).clamp_(min=smallest)
 
@@ -122,10 +125,11 @@ def chunk_loss(
     grad_nV = e_nV.mul_((1 / z_n - target.tail_N / rest_n)[:, None])
     grad_nV.scatter_(1, ids_nK, log_q_nK.exp() - t_nK).mul_(kl_weight * temperature)
 
-    p_nV = (logits_nV - peak_n1).exp_()
-    sum_n1 = p_nV.sum(-1, keepdim=True)
     safe_n1 = labels_n.clamp(min=0)[:, None]
-    ce_n = (sum_n1.log() + peak_n1 - logits_nV.gather(1, safe_n1))[:, 0].where(valid_n, 0)
+    label_n1 = below_nV.gather(1, safe_n1)
+    p_nV = below_nV.exp_()
+    sum_n1 = p_nV.sum(-1, keepdim=True)
+    ce_n = (sum_n1.log() - label_n1)[:, 0].where(valid_n, 0)
     grad_nV.addcmul_(p_nV, ce_weight / sum_n1)
     grad_nV.scatter_add_(1, safe_n1, torch.full_like(sum_n1, -ce_weight))
     return kl_n.sum(), ce_n.sum(), grad_nV.mul_(valid_n[:, None])
