@@ -1,18 +1,20 @@
 """Checkpoints of an artifact in the making, kept in the store: `checkpoints/step-000080/`, whole or not at all.
 
-A checkpoint exists once its `progress.json` is published, which is done last; every file's checksum is verified when
-it comes back. The artifact's commit deletes them.
+A checkpoint exists once its `complete.json` is published, which is done last and lists all its files; that each is
+there, with its checksum, is verified when it comes back. The artifact's commit deletes them.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+from sparsekd_ray.errors import IntegrityError
 from sparsekd_ray.store import Ref, Store
 
 FOLDER = "checkpoints"
-PROGRESS = "progress.json"
+COMPLETE = "complete.json"
 
 
 def tag(step: int) -> str:
@@ -34,27 +36,25 @@ class Kept:
         for path in files:
             self.store.publish(self.ref, f"{FOLDER}/{path.parent.name}/{path.name}")
 
-    def save(self, step: int, folder: Path) -> None:
-        """Takes over a complete folder and drops the ones before it."""
-        self.publish(sorted(path for path in folder.iterdir() if path.name != PROGRESS))
-        self.publish([folder / PROGRESS])
-        self.drop_before(step)
-
-    def drop_before(self, step: int) -> None:
-        names = {name.split("/")[1] for name in self.store.published(self.ref, FOLDER)}
-        for older in sorted(name for name in names if name < tag(step)):
+    def complete(self, name: str) -> None:
+        """Makes the checkpoint exist, once all its files are published, and drops the ones before it."""
+        listing = self.folder() / name / COMPLETE
+        listing.write_text(json.dumps(self.store.published(self.ref, f"{FOLDER}/{name}")))
+        self.publish([listing])
+        names = {path.split("/")[1] for path in self.store.published(self.ref, FOLDER)}
+        for older in sorted(other for other in names if other < name):
             self.store.discard(self.ref, f"{FOLDER}/{older}")
+
+    def save(self, step: int, folder: Path) -> None:
+        """Takes over a whole folder that one process wrote."""
+        assert folder.name == tag(step)
+        self.publish(sorted(folder.iterdir()))
+        self.complete(folder.name)
 
     def newest(self) -> str | None:
         """Tag of the newest complete checkpoint."""
         names = self.store.published(self.ref, FOLDER)
-        return max((n.split("/")[1] for n in names if n.endswith(f"/{PROGRESS}")), default=None)
-
-    def progress(self, name: str) -> Path:
-        """The `progress.json` of a complete checkpoint, verified."""
-        path = self.store.pull(self.ref, f"{FOLDER}/{name}/{PROGRESS}")
-        assert path is not None, f"{name} is complete"
-        return path
+        return max((n.split("/")[1] for n in names if n.endswith(f"/{COMPLETE}")), default=None)
 
     def discard_all(self) -> None:
         self.store.discard(self.ref, FOLDER)
@@ -66,10 +66,17 @@ class Kept:
                 if before is None or folder.name < tag(before):
                     shutil.rmtree(folder, ignore_errors=True)  # another worker of this machine may be first
 
-    def fetch(self, name: str) -> Path:
-        """The folder of a complete checkpoint, every file verified."""
-        for published in self.store.published(self.ref, f"{FOLDER}/{name}"):
-            self.store.pull(self.ref, published)
+    def fetch(self, name: str, only: str | None = None) -> Path:
+        """The folder of a complete checkpoint, with every file that it lists, or one of them, verified."""
+        top = f"{FOLDER}/{name}"
+        listing = self.store.pull(self.ref, f"{top}/{COMPLETE}")
+        assert listing is not None, f"{name} is complete"
+        for relative in [f"{top}/{only}"] if only else json.loads(listing.read_text()):
+            if self.store.pull(self.ref, relative) is None:
+                raise IntegrityError(
+                    f"{self.store.url(self.ref.key)}/{relative} belongs to a complete checkpoint and is gone. "
+                    f"Remove {self.store.url(self.ref.key)} to start this step again."
+                )
         return self.folder() / name
 
     def latest(self) -> Path | None:

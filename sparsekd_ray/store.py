@@ -77,7 +77,12 @@ class Store(Files):
         if text is None:
             return None
         record = _parsed(text)
-        if not asdict(ref).items() <= record.items() or not isinstance(record.get("files"), dict):
+        sealed = record.pop("seal", None) == _seal(record)
+        if (
+            not sealed
+            or not asdict(ref).items() <= record.items()
+            or not isinstance(record.get("files"), dict)
+        ):
             raise self._corrupt(key, "it is not the record of this artifact", remove=ref.key)
         for relative, fact in record["files"].items():
             # Others may write to a shared bucket: a record must not lead a download out of its directory.
@@ -183,12 +188,12 @@ class Store(Files):
             "versions": _versions(),
             "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         }
-        text = json.dumps(record, indent=2, sort_keys=True)
+        text = json.dumps(record | {"seal": _seal(record)}, indent=2, sort_keys=True)
         self.write_text(f"{ref.key}/{RECORD}", text)
         # A kill from here on leaves behind what no record lists: disk space, never a wrong answer.
         self.delete(f"{ref.key}/{PROMISES}")
         self.delete(f"{ref.key}/{CHECKPOINTS}")
-        return json.loads(text)
+        return json.loads(json.dumps(record))
 
     def lease(
         self, key: str, holder: str, *, ttl: float = 60.0, say: Callable[[str], None] = print
@@ -278,6 +283,11 @@ def _parsed(text: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """Checksum of a record's content, so that a changed figure in it is found like a changed weight."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str | None]:

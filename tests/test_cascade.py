@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -105,9 +104,7 @@ def test_the_pruned_size_is_that_of_the_files(finished):
 def test_resubmitting_a_finished_run_does_nothing(finished):
     before = records_of(finished)
     lines: list[str] = []
-    started = time.monotonic()
     job.main(tiny(finished.root), "python jobs/cascade.py", False, lines.append)
-    assert time.monotonic() - started < 5
     assert not any("▶" in line for line in lines)
     assert records_of(finished) == before
 
@@ -134,24 +131,35 @@ def test_the_same_figures_on_s3_and_a_second_machine_goes_on(finished, s3_server
 
 @pytest.mark.timeout(900)
 def test_killed_and_resubmitted_it_ends_the_same(finished, tmp_path):
-    """SIGKILL of the driver and all that it started, at seeded moments; then it runs to the end."""
+    """SIGKILL of the driver and all that it started, at seeded moments; the resubmitted run ends as if undisturbed."""
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY))
-    store, moments, steps = Store(str(tmp_path / "store")), random.Random(0), len(outcome(finished))
+    moments, kills = random.Random(0), 0
+    for attempt in range(KILLS + 1):
+        store = Store(str(tmp_path / f"store-{attempt}"))
+        kills += killed_until_it_ends(config, store, moments, KILLS - kills)
+        assert outcome(store) == outcome(finished)
+        if kills == KILLS:
+            return
+
+
+def killed_until_it_ends(config: Path, store: Store, moments: random.Random, at_most: int) -> int:
+    """Kills the run up to so many times while it lives, and submits it again; returns how often it did."""
     done: dict[str, str] = {}
-    for kill in range(KILLS):
+    for kill in range(at_most + 1):
         driver = submit(config, store)
-        wait_for_steps(driver, store, min(steps - 1, (kill + 1) * steps // (KILLS + 1)))
-        time.sleep(moments.uniform(0, 3))
-        kill_tree(driver)
-        assert done.items() <= records_of(store).items(), "a finished artifact was built twice"
-        done = records_of(store)
-        print(f"kill {kill + 1}: {len(done)} of {steps} steps were done, the last {newest(store)}")
-    driver = submit(config, store)
-    output, _ = driver.communicate(timeout=600)
-    assert driver.returncode == 0, output
-    assert outcome(store) == outcome(finished)
-    assert done.items() <= records_of(store).items(), "a finished artifact was built twice"
+        try:
+            output, _ = driver.communicate(timeout=moments.uniform(4, 20) if kill < at_most else 600)
+        except subprocess.TimeoutExpired:
+            kill_tree(driver)
+            assert done.items() <= records_of(store).items(), "a finished artifact was built twice"
+            done = records_of(store)
+            print(f"kill {kill + 1}: {len(done)} steps were done, the last file {newest(store)}")
+        else:
+            assert driver.returncode == 0, output
+            assert done.items() <= records_of(store).items(), "a finished artifact was built twice"
+            return kill
+    raise AssertionError("the last run was to end")
 
 
 def submit(config: Path, store: Store) -> subprocess.Popen:
@@ -160,12 +168,6 @@ def submit(config: Path, store: Store) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-
-
-def wait_for_steps(driver: subprocess.Popen, store: Store, count: int) -> None:
-    """Until `count` artifacts exist, or the run has ended."""
-    while driver.poll() is None and len(records_of(store)) < count:
-        time.sleep(0.05)
 
 
 def newest(store: Store) -> str:

@@ -202,6 +202,18 @@ def test_damaged_record_is_an_error(tmp_path: Path, text: str) -> None:
 # What a build keeps before it is finished.
 
 
+def test_any_changed_byte_of_a_record_is_an_error(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    build(store)
+    path = tmp_path / REF.key / "record.json"
+    intact = path.read_bytes()
+    for position in range(len(intact)):
+        if not intact[position : position + 1].isspace():  # layout is not content
+            path.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
+            with pytest.raises(IntegrityError, match=r"record\.json"):
+                store.record(REF)
+
+
 def test_published_files_are_pulled_by_the_next_attempt(store: Store) -> None:
     out = store.workdir(REF)
     for name in (

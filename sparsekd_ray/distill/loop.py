@@ -4,9 +4,8 @@ All workers run this same function over the same list of jobs, so one worker gro
 ZeRO averages gradients over workers; each worker's loss is therefore (workers / N) · Σ over its own positions, N being
 the step's positions over all workers, so that whatever the split, the gradient is that of the global mean.
 
-A checkpoint is written at every validation after which training goes on, and exists once its `progress.json` is
-published: the DeepSpeed state of every worker, the best weights so far, and the history that decides when to stop.
-Resuming continues bit for bit.
+A checkpoint is written at every validation after which training goes on: the DeepSpeed state of
+every worker, the best weights so far, and the history that decides when to stop. Resuming continues bit for bit.
 
 Shapes: B sequences, L tokens, K kept ids.
 """
@@ -34,12 +33,13 @@ from sparsekd_ray.distill.loss import Target, kd_loss
 from sparsekd_ray.distill.reader import SampleReader
 from sparsekd_ray.errors import IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, window_starts
-from sparsekd_ray.kept import PROGRESS, Kept, tag
+from sparsekd_ray.kept import Kept, tag
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards
 
 Say = Callable[[str], None]
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -239,26 +239,19 @@ def _validate(model: Any, streams: dict[str, Any], seq_len: int) -> dict[str, An
 
 
 def _save(engine: Any, kept: Kept, progress: Progress, best: dict[str, torch.Tensor]) -> None:
-    """Publishes a checkpoint, each worker its own part and `progress.json` last, then drops the one before it."""
+    """Publishes a checkpoint, each worker its own part, and drops the one before it."""
     rank, _ = _rank_and_world()
     folder = kept.folder() / tag(progress.step)
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     if rank == 0:
         save_file(best, folder / "best.safetensors")
-    of_a_worker = [path for path in sorted(folder.iterdir()) if "zero_pp_rank_" in path.name]
-    kept.publish([path for path in of_a_worker if f"zero_pp_rank_{rank}_" in path.name])
+        (folder / PROGRESS).write_text(json.dumps(vars(progress)))
+    of_all = {path for path in folder.iterdir() if "zero_pp_rank_" not in path.name and path.name[0] != "."}
+    own = set(folder.glob(f"*zero_pp_rank_{rank}_*"))
+    kept.publish(sorted(own | of_all if rank == 0 else own))
     _barrier()
     if rank == 0:
-        (folder / PROGRESS).write_text(json.dumps(vars(progress)))
-        kept.publish(
-            [
-                p
-                for p in sorted(folder.iterdir())
-                if p not in of_a_worker and p.name[0] != "." and p.name != PROGRESS
-            ]
-        )
-        kept.publish([folder / PROGRESS])
-        kept.drop_before(progress.step)
+        kept.complete(folder.name)
     _barrier()
     kept.forget(before=progress.step)
 
@@ -269,7 +262,7 @@ def _resume(job: Job, engine: Any, kept: Kept, say: Say) -> tuple[Progress, dict
     newest = _agree(kept.newest())
     if newest is None:
         return None
-    progress = Progress(**json.loads(kept.progress(newest).read_text()))
+    progress = Progress(**json.loads((kept.fetch(newest, PROGRESS) / PROGRESS).read_text()))
     if progress.world != world:
         # optimiser states are cut for a number of workers
         if rank == 0:
