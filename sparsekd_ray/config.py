@@ -138,11 +138,28 @@ class Model(Settings):
 
 
 class Teacher(Settings):
-    """What is kept of the teacher at each position (methods: Parquet top-k shards with log-normalisers)."""
+    """What is kept of the teacher at each position, and in which form."""
 
+    signal: Literal["topk", "sampled"] = "topk"
+    """The k likeliest ids with log-normalisers (exact, any stored temperature), or an unbiased sample (fewer bytes,
+    one temperature)."""
+    codec: Literal["plain", "compact"] = "plain"
+    """Columns of numbers that any program reads, or a third of the bytes with errors below 1e-3 nat."""
     k: Positive = 32
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.5, 2.0, 4.0)
-    """Temperatures whose log-normaliser over the whole vocabulary is stored."""
+    """Temperatures whose log-normaliser over the whole vocabulary is stored; of a sample, its one temperature."""
+    bytes_per_token: float = Field(16.0, gt=2)
+    """Size of a sampled cache; sets the threshold above which probabilities are kept exactly."""
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> Teacher:
+        if self.signal == "sampled" and len(self.temperatures) != 1:
+            raise ValueError(
+                f"a sample is drawn at one temperature, found temperatures {list(self.temperatures)}: give one"
+            )
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures {list(self.temperatures)} repeat a value")
+        return self
 
 
 class Prune(Settings):
@@ -262,11 +279,11 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        stored = (1.0, *self.teacher.temperatures)
+        stored = self.teacher.temperatures + ((1.0,) if self.teacher.signal == "topk" else ())
         if self.distill.temperature not in stored:
             raise ValueError(
-                f"distill.temperature is {self.distill.temperature}, but the cache will hold log-normalisers only for "
-                f"{stored}: add it to teacher.temperatures"
+                f"distill.temperature is {self.distill.temperature}, but the cache will hold only {stored}: add it to "
+                "teacher.temperatures"
             )
         if self.corpus.samples < self.distill.batch:
             raise ValueError(

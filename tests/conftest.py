@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import secrets
 import socket
 import subprocess
@@ -62,3 +63,14 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield S3Server(endpoint, directory, "bucket", access_key, secret_key)
     process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="session")
+def cluster(s3_server: S3Server) -> Iterator[None]:
+    """The one Ray cluster of the whole suite; its workers inherit the credentials of the S3 server."""
+    import ray
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()

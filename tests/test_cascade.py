@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -59,17 +60,6 @@ def outcome(store: Store) -> dict:
         }
         found[step.name] = (figures, binary)
     return found
-
-
-@pytest.fixture(scope="session")
-def cluster(s3_server):
-    """The one Ray cluster of the whole suite; its workers inherit the credentials of the S3 server."""
-    import ray
-
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -148,8 +138,10 @@ def killed_until_it_ends(config: Path, store: Store, moments: random.Random, at_
     done: dict[str, str] = {}
     for kill in range(at_most + 1):
         driver = submit(config, store)
+        if kill < at_most:
+            wait_for_steps(driver, store, len(done) + 1)
         try:
-            output, _ = driver.communicate(timeout=moments.uniform(4, 20) if kill < at_most else 600)
+            output, _ = driver.communicate(timeout=moments.uniform(0, 6) if kill < at_most else 600)
         except subprocess.TimeoutExpired:
             kill_tree(driver)
             assert done.items() <= records_of(store).items(), "a finished artifact was built twice"
@@ -168,6 +160,12 @@ def submit(config: Path, store: Store) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def wait_for_steps(driver: subprocess.Popen, store: Store, count: int) -> None:
+    """Until so many artifacts exist, or the run has ended."""
+    while driver.poll() is None and len(records_of(store)) < count:
+        time.sleep(0.05)
 
 
 def newest(store: Store) -> str:

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsekd_ray.distill.loss import ROWS_PER_CHUNK, Target, kd_loss
-from sparsekd_ray.teacher.signal import tempered, topk, topk_from_hidden
+from sparsekd_ray.distill.loss import ROWS_PER_CHUNK, kd_loss
+from sparsekd_ray.teacher.signal import Target, sampled, tempered, topk
 
 
 def naive(hidden, head, labels, teacher_logits, k, temperature, kl_weight, ce_weight):
@@ -72,20 +72,36 @@ def test_confident_student_and_teacher_stay_finite():
     assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all()
 
 
-def test_tempered_probabilities_are_exact_where_the_leftover_guess_is_not():
-    logits = torch.randn(5, 4000, generator=torch.Generator().manual_seed(0)) * 2
-    signal = topk(logits, 32, (1.5, 2.0, 4.0))
-    for column, t in enumerate((1.5, 2.0, 4.0)):
-        full = (logits.double() / t).softmax(-1)
-        logprobs, tail = tempered(signal.logprobs_NK, signal.log_z_NT[:, column], t)
-        expected = full.gather(1, signal.ids_NK.long())
-        torch.testing.assert_close(logprobs.exp().double(), expected, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(tail.double(), 1 - expected.sum(-1), rtol=1e-4, atol=1e-5)
-
-
-def test_chunks_of_the_head_change_nothing():
-    hidden, head = torch.randn(2 * ROWS_PER_CHUNK + 3, 6), torch.randn(40, 6)
-    whole = topk(hidden @ head.T, 5, (2.0,))
-    chunked = topk_from_hidden(hidden, head, 5, (2.0,))
-    assert torch.equal(whole.ids_NK, chunked.ids_NK)
-    torch.testing.assert_close(whole.log_z_NT, chunked.log_z_NT)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_sample_is_a_sparse_full_kl(temperature):
+    """Against KL to the estimate written out over the vocabulary, which need not sum to 1; padding included."""
+    torch.manual_seed(0)
+    n, d, v = 40, 6, 30
+    hidden, head = torch.randn(n, d, dtype=torch.float64), torch.randn(v, d, dtype=torch.float64)
+    signal = sampled(2 * torch.randn(n, v), temperature, 0.15, torch.rand(n))
+    assert len((signal.exact_N + signal.drawn_N).unique()) > 1, "some positions must be padded"
+    estimate = torch.zeros(n, v, dtype=torch.float64)
+    for position in range(n):
+        for place in range(int(signal.exact_N[position] + signal.drawn_N[position])):
+            estimate[position, signal.ids_NK[position, place]] = (
+                signal.logprobs_NK[position, place].double().exp()
+            )
+    h1, w1 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    log_q = (h1 @ w1.T / temperature).log_softmax(-1)
+    expected = temperature**2 * (torch.xlogy(estimate, estimate) - estimate * log_q).sum()
+    h2, w2 = hidden.float().requires_grad_(), head.float().requires_grad_()
+    target = Target(signal.ids_NK, signal.logprobs_NK, torch.zeros(n))
+    found, _, _ = kd_loss(
+        h2,
+        w2,
+        torch.zeros(n, dtype=torch.long),
+        target,
+        temperature=temperature,
+        kl_weight=1.0,
+        ce_weight=0.0,
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    expected.backward()
+    found.backward()
+    torch.testing.assert_close(h2.grad.double(), h1.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(w2.grad.double(), w1.grad, rtol=1e-4, atol=1e-4)

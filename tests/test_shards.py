@@ -1,4 +1,4 @@
-"""The shard format: what is written is what is read, and what does not match is refused."""
+"""The shard format: what is written is what is read, in every form, and what does not match is refused."""
 
 import json
 
@@ -9,43 +9,85 @@ import pytest
 import torch
 
 from sparsekd_ray.errors import IntegrityError, ModelError
-from sparsekd_ray.teacher import shards
-from sparsekd_ray.teacher.signal import topk
+from sparsekd_ray.teacher import payload, shards
+from sparsekd_ray.teacher.signal import sampled, tempered, topk
 
-ROWS, LENGTH, K, TEMPERATURES, VOCAB = 3, 6, 4, (1.5, 2.0), 29
+ROWS, LENGTH, K, TEMPERATURES, VOCAB, THRESHOLD = 3, 6, 4, (1.5, 2.0), 290, 0.04
 MANIFEST = {
-    "format": shards.FORMAT, "seq_len": LENGTH, "k": K, "temperatures": list(TEMPERATURES), "vocab_size": VOCAB,
-    "tokenizer_hash": "aa", "teacher": "bb", "corpus": "cc",
+    "format": shards.FORMAT, "signal": "topk", "codec": "plain", "seq_len": LENGTH, "k": K,
+    "temperatures": list(TEMPERATURES), "vocab_size": VOCAB, "tokenizer_hash": "aa", "teacher": "bb", "corpus": "cc",
 }  # fmt: skip
+COMPACT = MANIFEST | {"codec": "compact"}
+SAMPLED = MANIFEST | {"signal": "sampled", "temperatures": [2.0], "threshold": THRESHOLD}
+SAMPLED_COMPACT = SAMPLED | {"codec": "compact"}
+FORMS = pytest.mark.parametrize(
+    "manifest",
+    [MANIFEST, COMPACT, SAMPLED, SAMPLED_COMPACT],
+    ids=["topk-plain", "topk-compact", "sampled-plain", "sampled-compact"],
+)
 
 
-@pytest.fixture
-def written(tmp_path):
+def corpus_rows(rows=ROWS, length=LENGTH, vocabulary=VOCAB):
     rng = np.random.default_rng(0)
-    rows = pa.table(
+    return pa.table(
         {
-            "sample_id": [f"prose-train-{i:06d}" for i in range(ROWS)],
-            "domain": ["prose"] * ROWS,
-            "input_ids": pa.array(rng.integers(0, VOCAB, (ROWS, LENGTH)).tolist(), pa.list_(pa.int32())),
+            "sample_id": [f"prose-train-{i:06d}" for i in range(rows)],
+            "domain": ["prose"] * rows,
+            "input_ids": pa.array(rng.integers(0, vocabulary, (rows, length)).tolist(), pa.list_(pa.int32())),
         }
     )
-    signal = topk(torch.randn(ROWS * (LENGTH - 1), VOCAB), K, TEMPERATURES)
-    shards.write(tmp_path / "00000.parquet", rows, signal)
-    return tmp_path / "00000.parquet", rows, signal
 
 
-def test_round_trip(written):
-    path, rows, signal = written
-    found = shards.read(path, MANIFEST)
-    assert found.sample_ids == rows["sample_id"].to_pylist()
-    assert found.input_ids_BL.tolist() == rows["input_ids"].to_pylist()
-    assert torch.equal(found.topk_ids_BLK.reshape(-1, K), signal.ids_NK)
-    assert torch.equal(found.logprobs_BLK.reshape(-1, K), signal.logprobs_NK)
-    assert torch.equal(found.log_z_BLT.reshape(-1, len(TEMPERATURES)), signal.log_z_NT)
+def signal_of(logits, manifest):
+    if manifest["signal"] == "topk":
+        return topk(logits, manifest["k"], tuple(manifest["temperatures"]))
+    return sampled(logits, 2.0, manifest["threshold"], torch.rand(len(logits)))
 
 
-def test_another_program_reads_it_with_pyarrow_alone(written):
-    path, rows, signal = written
+def written(folder, manifest):
+    torch.manual_seed(0)
+    rows, logits = corpus_rows(), 2 * torch.randn(ROWS * (LENGTH - 1), VOCAB)
+    signal = signal_of(logits, manifest)
+    shards.write(folder / "00000.parquet", rows, signal, manifest)
+    return folder / "00000.parquet", rows, signal
+
+
+@FORMS
+def test_rows_and_ids_come_back(tmp_path, manifest):
+    path, rows, signal = written(tmp_path, manifest)
+    found = shards.read(path, manifest, 2.0)
+    assert found.sample_ids == rows["sample_id"].to_pylist() and found.domains == ["prose"] * ROWS
+    assert [found.tokens(row).tolist() for row in range(ROWS)] == rows["input_ids"].to_pylist()
+    assert torch.equal(found.target.ids_NK, signal.ids_NK)
+    assert found.positions(1) == slice(LENGTH - 1, 2 * (LENGTH - 1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0])
+def test_plain_probabilities_are_exact_and_compact_ones_close(tmp_path, temperature):
+    path, _, signal = written(tmp_path, MANIFEST)
+    stored = {1.5: signal.log_z_NT[:, 0], 2.0: signal.log_z_NT[:, 1], 1.0: torch.zeros(len(signal.ids_NK))}
+    logprobs, tail = tempered(signal.logprobs_NK, stored[temperature], temperature)
+    exact = shards.read(path, MANIFEST, temperature).target
+    assert torch.equal(exact.logprobs_NK, logprobs) and torch.equal(exact.tail_N, tail)
+    close = shards.read(written(tmp_path, COMPACT)[0], COMPACT, temperature).target
+    torch.testing.assert_close(close.tail_N, tail, atol=2.5e-4, rtol=0)
+    torch.testing.assert_close(close.logprobs_NK.exp().sum(-1) + close.tail_N, torch.ones(len(tail)))
+    kl = (close.logprobs_NK.exp() * (close.logprobs_NK - logprobs)).sum(-1) + close.tail_N * (
+        close.tail_N / tail
+    ).log()
+    assert 0 <= kl.mean() < 1e-3
+
+
+def test_samples_come_back_with_their_weights(tmp_path):
+    path, _, signal = written(tmp_path, SAMPLED)
+    assert torch.equal(shards.read(path, SAMPLED, 2.0).target.logprobs_NK, signal.logprobs_NK)
+    compact = shards.read(written(tmp_path, SAMPLED_COMPACT)[0], SAMPLED_COMPACT, 2.0).target
+    torch.testing.assert_close(compact.logprobs_NK, signal.logprobs_NK, atol=1 / 64 + 1e-6, rtol=0)
+    assert not compact.tail_N.any()
+
+
+def test_another_program_reads_the_plain_form_with_pyarrow_alone(tmp_path):
+    path, rows, signal = written(tmp_path, MANIFEST)
     row = pq.read_table(path).to_pylist()[1]
     assert row["domain"] == "prose" and row["input_ids"] == rows["input_ids"].to_pylist()[1]
     position = 2  # its alternatives stand at position · k in the flat list
@@ -53,26 +95,32 @@ def test_another_program_reads_it_with_pyarrow_alone(written):
     assert row["topk_ids"][position * K : (position + 1) * K] == signal.ids_NK[flat].tolist()
 
 
-def test_the_same_rows_give_the_same_bytes(written, tmp_path):
-    path, rows, signal = written
-    shards.write(tmp_path / "again.parquet", rows, signal)
+@FORMS
+def test_the_same_rows_give_the_same_bytes(tmp_path, manifest):
+    path, rows, signal = written(tmp_path, manifest)
+    shards.write(tmp_path / "again.parquet", rows, signal, manifest)
     assert path.read_bytes() == (tmp_path / "again.parquet").read_bytes()
 
 
-@pytest.mark.parametrize("change", [{"k": K + 1}, {"seq_len": LENGTH + 1}, {"temperatures": [1.5]}])
-def test_a_manifest_of_another_shape_is_refused(written, change):
-    with pytest.raises(IntegrityError, match=r"00000\.parquet"):
-        shards.read(written[0], MANIFEST | change)
+@FORMS
+def test_a_manifest_of_another_shape_is_refused(tmp_path, manifest):
+    path, _, _ = written(tmp_path, manifest)
+    changes = [{"seq_len": LENGTH + 1}, {"codec": "compact" if manifest["codec"] == "plain" else "plain"}]
+    if manifest["signal"] == "topk":
+        changes += [{"k": K + 1}, {"temperatures": [2.0]}]
+    for change in changes:
+        with pytest.raises(IntegrityError, match=r"00000\.parquet"):
+            shards.read(path, manifest | change, 2.0)
 
 
-def test_a_truncated_or_foreign_file_is_refused(written, tmp_path):
-    path, rows, _ = written
+def test_a_truncated_or_foreign_file_is_refused(tmp_path):
+    path, rows, _ = written(tmp_path, MANIFEST)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(IntegrityError, match=r"00000\.parquet"):
-        shards.read(path, MANIFEST)
+        shards.read(path, MANIFEST, 2.0)
     pq.write_table(rows, tmp_path / "foreign.parquet")
     with pytest.raises(IntegrityError, match="another program"):
-        shards.read(tmp_path / "foreign.parquet", MANIFEST)
+        shards.read(tmp_path / "foreign.parquet", MANIFEST, 2.0)
 
 
 def test_a_cache_of_something_else_is_refused():
@@ -86,7 +134,9 @@ def test_a_cache_of_something_else_is_refused():
 def test_temperatures_come_from_the_manifest(tmp_path):
     (tmp_path / shards.MANIFEST).write_text(json.dumps(MANIFEST))
     manifest = shards.read_manifest(tmp_path)
-    assert shards.log_z_column(manifest, 1.0) is None
-    assert shards.log_z_column(manifest, 2.0) == 1
+    assert payload.column(manifest, 1.0) is None
+    assert payload.column(manifest, 2.0) == 1
     with pytest.raises(ModelError, match=r"3\.0.*teacher\.temperatures"):
-        shards.log_z_column(manifest, 3.0)
+        payload.column(manifest, 3.0)
+    with pytest.raises(ModelError, match=r"not 1\.0"):
+        payload.column(SAMPLED, 1.0)

@@ -24,7 +24,7 @@ VERSIONS = {
     "tokenizer": 1,
     "corpus": 1,
     "dense": 1,
-    "cache": 1,
+    "cache": 2,
     "prune": 1,
     "distill": 1,
     "evaluate": 1,
@@ -219,7 +219,9 @@ def _cache(book: _Book, config: Config, name: str, teacher: str) -> None:
     book.add(
         f"cache {name}",
         "cache",
-        f"top{config.teacher.k}",
+        f"top{config.teacher.k}"
+        if config.teacher.signal == "topk"
+        else f"sampled{config.teacher.bytes_per_token:g}",
         _plain(config.teacher),
         {"teacher": teacher, "texts": "corpus"},
         config.teacher,

@@ -29,14 +29,15 @@ from torch import nn
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Distill, Execution
 from sparsekd_ray.distill import schedule
-from sparsekd_ray.distill.loss import Target, kd_loss
+from sparsekd_ray.distill.loss import kd_loss
 from sparsekd_ray.distill.reader import SampleReader
 from sparsekd_ray.errors import IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, window_starts
 from sparsekd_ray.kept import Kept, tag
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.teacher import shards
+from sparsekd_ray.teacher import payload, shards
+from sparsekd_ray.teacher.signal import Target
 
 Say = Callable[[str], None]
 PROGRESS = "progress.json"
@@ -100,7 +101,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     rank, world = _rank_and_world()
     started, settings = time.monotonic(), job.settings
     torch.manual_seed(job.seed)
-    reader = SampleReader(store, job.cache)
+    reader = SampleReader(store, job.cache, settings.temperature)
     source, texts = store.fetch(job.student), store.fetch(job.corpus)
     valid = corpus.domain_streams(texts, "valid")
     model = checkpoint.load(source)
@@ -171,7 +172,7 @@ def _step(
         # an empty share still takes part in the collectives: one row, no label counted
         rows = samples[cursor : cursor + size] or samples[:1]
         cursor += size
-        batch = reader.batch(rows, settings.temperature, engine.device)
+        batch = reader.batch(rows, engine.device)
         labels_N = batch.labels_N if size else torch.full_like(batch.labels_N, -1)
         loss, kl, ce = engine(batch.input_ids_BL, labels_N, batch.target, positions)
         # ZeRO divides by the number of workers, `positions` has already divided by everything else
@@ -214,7 +215,7 @@ def _check(cached: dict[str, Any], vocab_size: int, texts: dict[str, Any], job: 
         teacher=job.teacher.fingerprint,
         corpus=job.corpus.fingerprint,
     )
-    shards.log_z_column(cached, job.settings.temperature)
+    payload.column(cached, job.settings.temperature)
 
 
 def _freeze(model: Any, settings: Distill) -> None:

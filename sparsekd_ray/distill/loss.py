@@ -1,13 +1,14 @@
-"""The distillation loss: KL to a sparse teacher at temperature T with a tail bucket, plus cross-entropy.
+"""The distillation loss: KL to a sparse teacher at temperature T, plus cross-entropy.
 
     per position   α · T² · [ Σ_K t_i log(t_i / q_i) + t_r log(t_r / q_r) ]  +  (1 − α) · (−log softmax(x)_y)
 
 t and q are the teacher's and the student's probabilities at temperature T on the K kept ids; t_r and q_r are what
-is left for all other ids together: an exact (K+1)-way KL, never negative, a lower bound of the full one. T² keeps the
-gradient's scale independent of T (Hinton et al. 2015; SparseKD §IV-E).
+is left for all other ids together (the bucket). With the k likeliest ids that is an exact (K+1)-way KL, never negative,
+a lower bound of the full one. An unbiased sample of t has no bucket, t_r = 0, and sums to 1 only on average. T² keeps
+the gradient's scale independent of T (Hinton et al. 2015; SparseKD §IV-E).
 
 Logits exist for a chunk of positions at a time, and their gradient is formed in the forward pass:
-    dKL/dx_j = (q_j − t_j) / T on kept ids,   q_j · (1 − t_r / q_r) / T elsewhere,
+    dKL/dx_j = (m q_j − t_j) / T on kept ids,   q_j · (m − t_r / q_r) / T elsewhere,   m = Σ_K t_i + t_r,
 so neither [N, V] logits nor their gradient is ever held, and nothing is recomputed.
 
 Shapes: N positions, n positions of one chunk, D hidden size, V vocabulary, K kept ids.
@@ -15,19 +16,13 @@ Shapes: N positions, n positions of one chunk, D hidden size, V vocabulary, K ke
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from sparsekd_ray.teacher.signal import Target
+
 ROWS_PER_CHUNK = 512
-
-
-class Target(NamedTuple):
-    """The teacher at temperature T, see `teacher/signal.py: tempered`."""
-
-    ids_NK: torch.Tensor
-    logprobs_NK: torch.Tensor
-    tail_N: torch.Tensor
 
 
 def kd_loss(
@@ -121,9 +116,13 @@ def chunk_loss(
     tail_n = target.tail_N * (log_t_tail_n - (rest_n / z_n).clamp_(min=smallest).log())
     kl_n = (kept_n + tail_n).where(valid_n, 0)
 
-    # d(T² KL)/dx = T · (q − t), the tail's t_r spread over its ids as the student spreads it
-    grad_nV = e_nV.mul_((1 / z_n - target.tail_N / rest_n)[:, None])
-    grad_nV.scatter_(1, ids_nK, log_q_nK.exp() - t_nK).mul_(kl_weight * temperature)
+    # d(T² KL)/dx = T · (m q − t), the tail's t_r spread over its ids as the student spreads it
+    mass_n = t_nK.sum(-1) + target.tail_N
+    grad_nV = e_nV.mul_((mass_n / z_n - target.tail_N / rest_n)[:, None])
+    grad_nV.scatter_(1, ids_nK, log_q_nK.exp() * mass_n[:, None])
+    grad_nV.scatter_add_(1, ids_nK, -t_nK).mul_(
+        kl_weight * temperature
+    )  # padding adds 0, to whatever id it has
 
     safe_n1 = labels_n.clamp(min=0)[:, None]
     label_n1 = below_nV.gather(1, safe_n1)

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sparsekd_ray.distill.loss import Target
 from sparsekd_ray.distill.schedule import SHARDS_IN_WINDOW
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards
-from sparsekd_ray.teacher.signal import tempered
+from sparsekd_ray.teacher.signal import NOTHING, Target
 
 
 class Batch(NamedTuple):
@@ -24,9 +23,9 @@ class Batch(NamedTuple):
 
 
 class SampleReader:
-    """Rows of a cache by (shard, row); every shard's checksum is verified before its first use."""
+    """Rows of a cache by (shard, row), the teacher at one temperature; a shard is verified before its first use."""
 
-    def __init__(self, store: Store, cache: Ref) -> None:
+    def __init__(self, store: Store, cache: Ref, temperature: float) -> None:
         self.manifest = shards.read_manifest(store.fetch(cache, [shards.MANIFEST]))
         self.shard_rows = tuple(self.manifest["shard_rows"])
         self.samples, self.seq_len = sum(self.shard_rows), int(self.manifest["seq_len"])
@@ -34,25 +33,26 @@ class SampleReader:
         @lru_cache(maxsize=SHARDS_IN_WINDOW)
         def shard(index: int) -> shards.Rows:
             name = shards.shard_name(index)
-            return shards.read(store.fetch(cache, [name]) / name, self.manifest)
+            return shards.read(store.fetch(cache, [name]) / name, self.manifest, temperature)
 
         self._shard = shard
 
-    def batch(self, samples: list[tuple[int, int]], temperature: float, device: Any) -> Batch:
-        """The samples as one batch on `device`, the teacher's probabilities tempered exactly."""
+    def batch(self, samples: list[tuple[int, int]], device: Any) -> Batch:
+        """The samples as one batch on `device`."""
         rows = [(self._shard(shard), row) for shard, row in samples]
-        input_ids_BL = torch.stack([shard.input_ids_BL[row] for shard, row in rows])
-        ids_NK = torch.cat([shard.topk_ids_BLK[row] for shard, row in rows])
-        logprobs_NK = torch.cat([shard.logprobs_BLK[row] for shard, row in rows])
-        column = shards.log_z_column(self.manifest, temperature)
-        log_z_N = (
-            torch.zeros(len(ids_NK))
-            if column is None
-            else torch.cat([shard.log_z_BLT[row, :, column] for shard, row in rows])
-        )
-        target = Target(ids_NK, *tempered(logprobs_NK, log_z_N, temperature))
+        tokens = [torch.from_numpy(shard.tokens(row)).long() for shard, row in rows]
+        input_ids_BL = torch.stack(tokens)
+        parts = [Target(*(column[shard.positions(row)] for column in shard.target)) for shard, row in rows]
+        width = max(part.ids_NK.shape[1] for part in parts)
+        ids_NK = torch.cat([_widened(part.ids_NK, width, 0) for part in parts])
+        logprobs_NK = torch.cat([_widened(part.logprobs_NK, width, NOTHING) for part in parts])
+        target = Target(ids_NK, logprobs_NK, torch.cat([part.tail_N for part in parts]))
         return Batch(
             input_ids_BL.to(device),
             input_ids_BL[:, 1:].flatten().to(device),
             Target(*(column.to(device) for column in target)),
         )
+
+
+def _widened(values_NK: torch.Tensor, width: int, padding: float) -> torch.Tensor:
+    return torch.nn.functional.pad(values_NK, (0, width - values_NK.shape[1]), value=padding)

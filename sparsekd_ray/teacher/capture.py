@@ -1,8 +1,9 @@
 """Ray Data streams the corpus through a pool of teacher actors: exactly one cache shard for each corpus shard.
 
 An actor reads a corpus shard, runs the teacher, and publishes the finished shard with its checksum; what is published
-is done, whatever is killed afterwards. A resumed capture asks only for the missing shards. The manifest and the
-artifact's record come last, once every shard is there and counted.
+is done, whatever is killed afterwards. A resumed capture asks only for the missing shards. While an actor writes and
+uploads one shard, its forward pass is at the next. The manifest and the artifact's record come last, once every shard
+is there and counted. Actors of all kinds of cards take their shards from one queue.
 """
 
 from __future__ import annotations
@@ -10,84 +11,75 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import ray
 import ray.data
 import torch
+from filelock import FileLock
 from ray.data import ActorPoolStrategy
 
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Execution, Teacher
-from sparsekd_ray.errors import ConfigError, IntegrityError, ModelError
+from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.teacher import shards
-from sparsekd_ray.teacher.signal import Signal, topk_from_hidden
+from sparsekd_ray.teacher import shards, threshold
+from sparsekd_ray.teacher.forward import Forward
 
-SEQUENCES_PER_FORWARD = 16
+THRESHOLD = "threshold.json"
+PILOT = 64  # sequences on which a sampler's threshold is set
 
 
 class TeacherActor:
-    """Holds the teacher's weights and turns corpus shards into cache shards."""
+    """Holds the teacher's weights and turns corpus shards into cache shards, two at a time: one in the model, one on
+    its way to the store."""
 
     def __init__(
-        self, store: Store, teacher: Ref, texts: Ref, out: Ref, settings: Teacher, gpu: bool
+        self, store: Store, teacher: Ref, texts: Ref, out: Ref, manifest: dict[str, Any], gpu: bool
     ) -> None:
         if not gpu:
             torch.set_num_threads(1)
-        self.store, self.texts, self.out, self.settings = store, texts, out, settings
+        self.store, self.teacher, self.texts, self.out = store, teacher, texts, out
+        self.manifest, self.one_at_a_time = manifest, threading.Lock()
         device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-        self.model = checkpoint.load(store.fetch(teacher), dtype=dtype, device=device).eval()
+        # the first actor of a machine downloads the weights, the others find them
+        with FileLock(Path(tempfile.gettempdir()) / f"sparsekd-{teacher.fingerprint}.lock"):
+            directory = store.fetch(teacher)
+        self.forward = Forward(checkpoint.load(directory, dtype=dtype, device=device), manifest)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         done = [self.shard(int(index)) for index in batch["shard"]]
         return {"shard": batch["shard"], "rows": np.array(done)}
 
     def shard(self, index: int) -> int:
-        name = shards.shard_name(index)
-        source = self.store.fetch(self.texts, [f"train/{name}"]) / "train" / name
-        rows = corpus.read_shard(source)
-        signal = self.signal(rows)
+        """Makes and publishes one shard; returns its number of rows."""
+        name, rows = shards.shard_name(index), self.rows(index)
+        with self.one_at_a_time:
+            self.store.fetch(
+                self.teacher
+            )  # a changed file is an error; unchanged ones cost a look at their dates
+            signal = self.forward.signal(rows)
         with self.store.building(self.out) as folder:
             # whole or not at all: another attempt may be writing the same shard
             passing = folder / f".{name}.{os.getpid()}.tmp"
-            shards.write(passing, rows, signal)
+            shards.write(passing, rows, signal, self.manifest)
             passing.replace(folder / name)
             self.store.publish(self.out, name)
         return len(rows)
 
-    @torch.inference_mode()
-    def signal(self, rows: pa.Table) -> Signal:
-        """The teacher's signal for every position of every row, in order."""
-        flat = rows["input_ids"].combine_chunks().flatten().to_numpy()
-        input_ids_BL = torch.from_numpy(flat.copy()).long().view(len(rows), -1)
-        parts: list[Signal] = []
-        for first in range(0, len(rows), SEQUENCES_PER_FORWARD):
-            ids_BL = input_ids_BL[first : first + SEQUENCES_PER_FORWARD].to(self.model.device)
-            hidden_BLD = self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[:, :-1]
-            head_VD = self.model.get_output_embeddings().weight
-            signal = topk_from_hidden(
-                hidden_BLD.flatten(0, 1), head_VD, self.settings.k, self.settings.temperatures
-            )
-            parts.append(Signal(*(column.cpu() for column in signal)))
-            _finite(parts[-1], rows["sample_id"].slice(first, len(ids_BL)).to_pylist())
-        return Signal(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    def rows(self, index: int) -> Any:
+        name = shards.shard_name(index)
+        return corpus.read_shard(self.store.fetch(self.texts, [f"train/{name}"]) / "train" / name)
 
-
-def _finite(signal: Signal, sample_ids: list[str]) -> None:
-    bad_B = ~torch.isfinite(signal.logprobs_NK.sum(-1) + signal.log_z_NT.sum(-1)).view(
-        len(sample_ids), -1
-    ).all(-1)
-    if bad_B.any():
-        names = [sample for sample, bad in zip(sample_ids, bad_B.tolist(), strict=True) if bad]
-        raise ModelError(
-            f"the teacher's probabilities for {names[0]} ({len(names)} of this batch) are NaN or infinite: "
-            "its weights or its precision are broken; nothing was written for this shard"
-        )
+    def fit_threshold(self, bytes_per_token: float) -> float:
+        return threshold.fit(self.forward, self.rows(0).slice(0, PILOT), bytes_per_token)
 
 
 def capture(
@@ -105,12 +97,16 @@ def capture(
     vocab_size = checkpoint.config_dict(store.fetch(teacher, ["config.json"]))["vocab_size"]
     manifest = _manifest(source, vocab_size, teacher, texts, settings)
     count = len(manifest["shard_rows"])
+    _check_samples(store.fetch(texts), manifest)
+    if settings.signal == "sampled":
+        arguments = (store, teacher, texts, out, manifest, execution.gpus)
+        manifest["threshold"] = _threshold(arguments, settings.bytes_per_token, say)
     done = {name for name in store.published(out, "") if name.endswith(".parquet")}
     todo = [index for index in range(count) if shards.shard_name(index) not in done]
     if done:
         say(f"{count - len(todo)} of {count} shards are there already")
     started, tokens = time.monotonic(), 0
-    for index, rows in _stream(todo, teacher, texts, out, settings, store, execution):
+    for index, rows in _stream(todo, (store, teacher, texts, out, manifest, execution.gpus), execution):
         if rows != manifest["shard_rows"][index]:
             raise IntegrityError(
                 f"shard {index}: {rows} rows captured, the corpus has {manifest['shard_rows'][index]}"
@@ -133,7 +129,7 @@ def _manifest(
     source: dict[str, Any], vocab_size: int, teacher: Ref, texts: Ref, settings: Teacher
 ) -> dict[str, Any]:
     """`vocab_size` is the width of the teacher's logits, which may exceed the tokenizer's vocabulary."""
-    if settings.k >= vocab_size:
+    if settings.signal == "topk" and settings.k >= vocab_size:
         raise ConfigError(
             f"teacher.k is {settings.k}, the vocabulary has {vocab_size} entries: k must be smaller"
         )
@@ -141,6 +137,8 @@ def _manifest(
     shard_rows = [min(size, rows - first) for first in range(0, rows, size)]
     return {
         "format": shards.FORMAT,
+        "signal": settings.signal,
+        "codec": settings.codec,
         "k": settings.k,
         "temperatures": list(settings.temperatures),
         "vocab_size": vocab_size,
@@ -154,22 +152,52 @@ def _manifest(
     }
 
 
-def _stream(
-    todo: list[int], teacher: Ref, texts: Ref, out: Ref, settings: Teacher, store: Store, execution: Execution
-) -> Any:
+def _check_samples(texts: Path, manifest: dict[str, Any]) -> None:
+    """Every sample has a name of its own, and there are as many as the corpus says."""
+    names = corpus.read_rows(texts, "train")["sample_id"].to_pylist()
+    if len(set(names)) < len(names):
+        twice = next(name for name in sorted(names) if names.count(name) > 1)
+        raise CorpusError(f"{texts}: sample id {twice} occurs more than once; build the corpus again")
+    if len(names) != manifest["rows"]:
+        raise CorpusError(f"{texts}: {len(names)} training rows, its manifest says {manifest['rows']}")
+
+
+def _threshold(arguments: tuple[Any, ...], bytes_per_token: float, say: Callable[[str], None]) -> float:
+    """The sampler's threshold: of an earlier attempt at this cache, or found now by one actor."""
+    store, _, _, out, _, gpu = arguments
+    if (kept := store.pull(out, THRESHOLD)) is None:
+        say(f"looks for the threshold at which a sample takes {bytes_per_token:g} bytes per token")
+        options = {"num_gpus": 1} if gpu else {"num_cpus": 1}
+        actor: Any = ray.remote(TeacherActor).options(**options).remote(*arguments)
+        found = float(ray.get(actor.fit_threshold.remote(bytes_per_token)))
+        ray.kill(actor)
+        with store.building(out) as folder:
+            (folder / THRESHOLD).write_text(json.dumps(found))
+            store.publish(out, THRESHOLD)
+        return found
+    return json.loads(kept.read_text())
+
+
+def _stream(todo: list[int], arguments: tuple[Any, ...], execution: Execution) -> Iterator[tuple[int, int]]:
     """(shard, rows) of every finished shard, as it finishes."""
     if not todo:
         return
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own line per shard says how far it is
-    actors = min(execution.actors, len(todo))
+    pool = ActorPoolStrategy(
+        min_size=1,
+        max_size=min(execution.actors, len(todo)),
+        max_tasks_in_flight_per_actor=2,
+        max_concurrent_calls_per_actor=2,
+        enable_true_multi_threading=True,
+    )
     finished = ray.data.from_items(
         [{"shard": index} for index in todo], override_num_blocks=len(todo)
     ).map_batches(
         TeacherActor,
-        fn_constructor_args=(store, teacher, texts, out, settings, execution.gpus),
+        fn_constructor_args=arguments,
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=actors),
+        compute=pool,
         num_gpus=1 if execution.gpus else None,
         num_cpus=None if execution.gpus else 1,
     )

@@ -3,17 +3,16 @@
 A cache is a directory of `00000.parquet`, `00001.parquet`, … , one for each train shard of the corpus and in its order.
 One row is one sequence of L tokens, hence L − 1 predictions:
 
-    sample_id      string          the corpus's id
-    domain         string          the corpus's domain
-    input_ids      list<int32>     L token ids
-    topk_ids       list<int32>     (L − 1) · k ids, position after position, by falling probability
-    topk_logprobs  list<float32>   their natural log-probabilities at temperature 1
-    log_z          list<float32>   (L − 1) · T log-normalisers, temperatures in the manifest's order
+    sample_id   string        the corpus's id
+    domain      string        the corpus's domain
+    input_ids   list<int32>   L token ids (compact: input_class, input_bits binary)
+    …           the signal of its L − 1 positions, see `payload.py`
 
-`manifest.json` holds k, the temperatures, vocabulary size, tokenizer hash, the fingerprints of teacher and corpus,
-row and token counts. The trainer reads it and refuses what does not match: nobody types these values twice.
+`manifest.json` holds the signal and its codec, k or the threshold, temperatures, vocabulary size, tokenizer hash, the
+fingerprints of teacher and corpus, row and token counts. The trainer reads it and refuses what does not match: nobody
+types these values twice.
 
-Shapes: B sequences, L tokens each, K kept ids, T temperatures.
+Shapes: B rows, N positions of all rows.
 """
 
 from __future__ import annotations
@@ -25,58 +24,67 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from sparsekd_ray.errors import IntegrityError, ModelError
-from sparsekd_ray.teacher.signal import Signal
+from sparsekd_ray.teacher import codec, payload
+from sparsekd_ray.teacher.signal import Sampled, Target, TopK
 
-FORMAT = "sparsekd-topk-1"
+FORMAT = "sparsekd-signal-1"
 MANIFEST = "manifest.json"
 
 
 class Rows(NamedTuple):
-    """Decoded rows of a shard."""
+    """A decoded shard. Row b has the tokens from `first_B1[b]` to `first_B1[b + 1]`, and one position fewer."""
 
     sample_ids: list[str]
-    input_ids_BL: torch.Tensor
-    """int64"""
-    topk_ids_BLK: torch.Tensor
-    """int32, L − 1 positions"""
-    logprobs_BLK: torch.Tensor
-    log_z_BLT: torch.Tensor
+    domains: list[str]
+    input_ids: np.ndarray
+    """int32, of all rows"""
+    first_B1: np.ndarray
+    target: Target
+
+    def positions(self, row: int) -> slice:
+        """The row's part of the target."""
+        return slice(int(self.first_B1[row]) - row, int(self.first_B1[row + 1]) - row - 1)
+
+    def tokens(self, row: int) -> np.ndarray:
+        return self.input_ids[self.first_B1[row] : self.first_B1[row + 1]]
 
 
 def shard_name(index: int) -> str:
     return f"{index:05d}.parquet"
 
 
-def write(path: Path, corpus_rows: pa.Table, signal: Signal) -> None:
+def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: dict[str, Any]) -> None:
     """Writes one shard: `corpus_rows` (sample_id, domain, input_ids) and the signal of their positions, in order."""
-    rows = len(corpus_rows)
-    columns = {
-        "topk_ids": _lists(signal.ids_NK.numpy(), rows),
-        "topk_logprobs": _lists(signal.logprobs_NK.numpy(), rows),
-        "log_z": _lists(signal.log_z_NT.numpy(), rows),
-    }
-    table = corpus_rows.combine_chunks()
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    table = table.replace_schema_metadata({"format": FORMAT})
-    pq.write_table(table, path, compression="zstd", row_group_size=rows)
+    ids = corpus_rows["input_ids"].combine_chunks()
+    lengths_B = np.diff(ids.offsets.to_numpy())
+    columns = {name: corpus_rows[name].combine_chunks() for name in ("sample_id", "domain")}
+    if manifest["codec"] == "compact":
+        classes, bits = codec.encode_ids(ids.flatten().to_numpy(), lengths_B)
+        columns |= {
+            "input_class": payload.cells(classes, lengths_B),
+            "input_bits": pa.array(bits, pa.binary()),
+        }
+    else:
+        columns["input_ids"] = ids
+    table = pa.table(columns | payload.encode(signal, lengths_B - 1, manifest))
+    # no dictionaries: values hardly repeat; no statistics: the smallest and largest cell would be stored again
+    pq.write_table(
+        table.replace_schema_metadata({"format": FORMAT}),
+        path,
+        compression="zstd",
+        use_dictionary=["domain"],
+        write_statistics=False,
+        row_group_size=len(table),
+    )
 
 
-def _lists(values: np.ndarray, rows: int) -> pa.ListArray:
-    """A flat array as `rows` lists of equal length, without a Python object per value."""
-    flat = values.reshape(-1)
-    offsets = np.linspace(0, len(flat), rows + 1, dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
-
-
-def read(path: Path, manifest: dict[str, Any]) -> Rows:
-    """Decodes one shard; `IntegrityError` where it does not have the shape the manifest says."""
+def read(path: Path, manifest: dict[str, Any], temperature: float) -> Rows:
+    """Decodes one shard at one temperature; `IntegrityError` where it is not what the manifest says."""
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(path, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
         raise IntegrityError(
             f"{path} is not a readable Parquet shard: {error}. Remove the cache's directory."
         ) from None
@@ -84,46 +92,26 @@ def read(path: Path, manifest: dict[str, Any]) -> Rows:
         raise IntegrityError(
             f"{path} is not a shard of format {FORMAT}: it was written by another program or version"
         )
-    rows, length = len(table), manifest["seq_len"]
-    shapes = {
-        "input_ids": (rows, length),
-        "topk_ids": (rows, length - 1, manifest["k"]),
-        "topk_logprobs": (rows, length - 1, manifest["k"]),
-        "log_z": (rows, length - 1, len(manifest["temperatures"])),
-    }
-    columns = {name: _dense(table[name], shape, path) for name, shape in shapes.items()}
-    return Rows(
-        table["sample_id"].to_pylist(),
-        columns["input_ids"].long(),
-        columns["topk_ids"],
-        columns["topk_logprobs"],
-        columns["log_z"],
-    )
+    try:
+        ids, lengths_B = _tokens(table, manifest)
+        target = payload.decode(table, lengths_B - 1, manifest, temperature)
+    except (IntegrityError, KeyError, ValueError) as error:
+        raise IntegrityError(f"{path}: {error}. Remove the cache's directory.") from None
+    first_B1 = np.concatenate([[0], np.cumsum(lengths_B)])
+    return Rows(table["sample_id"].to_pylist(), table["domain"].to_pylist(), ids, first_B1, target)
 
 
-def _dense(column: pa.ChunkedArray, shape: tuple[int, ...], path: Path) -> torch.Tensor:
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    if flat.size != int(np.prod(shape)):
-        raise IntegrityError(
-            f"{path}: {flat.size} values where the manifest's shape {shape} needs {np.prod(shape)}"
-        )
-    return torch.from_numpy(flat.copy()).reshape(shape)
+def _tokens(table: pa.Table, manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The input ids of all rows, and each row's number of them."""
+    lengths_B = np.full(len(table), manifest["seq_len"])
+    if manifest["codec"] == "compact":
+        classes = payload.bytes_of(table, "input_class", lengths_B)
+        return codec.decode_ids(classes, lengths_B, payload.bytes_of(table, "input_bits")), lengths_B
+    return payload.numbers(table, "input_ids", lengths_B), lengths_B
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     return json.loads((directory / MANIFEST).read_text())
-
-
-def log_z_column(manifest: dict[str, Any], temperature: float) -> int | None:
-    """Column of `log_z` that belongs to `temperature`; None at 1, where log Z is 0."""
-    if temperature == 1.0:
-        return None
-    if temperature not in manifest["temperatures"]:
-        raise ModelError(
-            f"the cache holds log-normalisers for temperatures {manifest['temperatures']}, not {temperature}: "
-            "add it to teacher.temperatures and capture again"
-        )
-    return manifest["temperatures"].index(temperature)
 
 
 def check(
