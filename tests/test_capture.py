@@ -1,0 +1,272 @@
+"""Capture on real Ray: every row once, the same bytes whoever computes them and whatever is killed.
+
+`SPARSEKD_KILLS=50 pytest tests/test_capture.py -k killed` kills more often than the default.
+"""
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import capturing
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+from capturing import CACHE, LENGTH, SAMPLED, SHARD_ROWS, SHARDS, TEACHER, TEXTS, VOCAB
+
+from sparsekd_ray import corpus
+from sparsekd_ray.corpus.shards import domain_table
+from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelError, SparseKDError
+from sparsekd_ray.model import checkpoint
+from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.teacher import forward, shards
+from sparsekd_ray.teacher.capture import TeacherActor
+from sparsekd_ray.teacher.forward import Forward
+from sparsekd_ray.teacher.signal import topk
+from sparsekd_ray.teacher.threshold import column_sizes
+
+KILLS = int(os.environ.get("SPARSEKD_KILLS", "2"))
+MANIFEST = {"signal": "topk", "codec": "compact", "k": 8, "temperatures": [2.0]}
+
+
+@pytest.fixture(scope="module")
+def captured(cluster, tmp_path_factory) -> Store:
+    """A store with a finished cache, made by two actors without disturbance."""
+    store = capturing.prepare(Store(str(tmp_path_factory.mktemp("captured"))))
+    capturing.run(store)
+    return store
+
+
+def shard_rows(count: int, length: int = LENGTH) -> pa.Table:
+    return domain_table(
+        "prose", "train", np.random.default_rng(1).integers(0, VOCAB, (count, length), np.int32)
+    )
+
+
+def test_every_row_is_there_once_and_says_what_the_teacher_says(captured):
+    manifest = shards.read_manifest(captured.fetch(CACHE))
+    folder, texts = captured.local(CACHE.key), captured.fetch(TEXTS)
+    cached = [shards.read(folder / shards.shard_name(i), manifest, 1.0) for i in range(SHARDS)]
+    expected = corpus.read_rows(texts, "train")
+    assert [name for rows in cached for name in rows.sample_ids] == expected["sample_id"].to_pylist()
+    assert sum(manifest["shard_rows"]) == len(expected) == SHARDS * SHARD_ROWS - 3
+    model = checkpoint.load(captured.fetch(TEACHER))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(cached[3].tokens(2)).long()[None]).logits[0, :-1]
+    live = topk(logits, 8, ())
+    assert torch.equal(cached[3].target.ids_NK[cached[3].positions(2)], live.ids_NK)
+
+
+def alone(store: Store, out: Ref, manifest: dict) -> TeacherActor:
+    """An actor in this process, with the threads that Ray would give it."""
+    return TeacherActor(store, TEACHER, TEXTS, out, manifest, False)
+
+
+def test_one_actor_and_two_give_the_same_bytes(captured):
+    out, manifest = Ref("cache", "alone", "cc44"), shards.read_manifest(captured.fetch(CACHE))
+    assert alone(captured, out, manifest).shard(SHARDS - 1) == SHARD_ROWS - 3
+    name = shards.shard_name(SHARDS - 1)
+    assert captured.pull(out, name).read_bytes() == captured.local(f"{CACHE.key}/{name}").read_bytes()
+
+
+def test_a_sample_meets_its_budget_and_does_not_depend_on_who_draws(captured):
+    out, again = Ref("cache", "sampled", "cc55"), Ref("cache", "sampled", "cc66")
+    capturing.run(captured, settings=SAMPLED, out=out)
+    folder = captured.fetch(out)
+    sizes = [sum(column_sizes(path).values()) for path in sorted(folder.glob("*.parquet"))]
+    assert len(sizes) == SHARDS
+    assert sum(sizes) / ((SHARDS * SHARD_ROWS - 3) * LENGTH) == pytest.approx(
+        SAMPLED.bytes_per_token, rel=0.03
+    )
+    alone(captured, again, shards.read_manifest(folder)).shard(7)
+    name = shards.shard_name(7)
+    assert captured.pull(again, name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_any_moment_the_cache_is_the_same(captured, tmp_path):
+    """SIGKILL of a teacher actor, or of the driver with all it started, at seeded moments of live captures."""
+    moments, kills, attempt = random.Random(0), 0, 0
+    while kills < KILLS:
+        store = capturing.prepare(Store(str(tmp_path / f"store-{attempt}")))
+        kills += killed_until_it_ends(store, moments, KILLS - kills)
+        assert capturing.content(store) == capturing.content(captured)
+        attempt += 1
+
+
+def killed_until_it_ends(store: Store, moments: random.Random, at_most: int) -> int:
+    kills, finished = 0, dict[str, int]()
+    while True:
+        driver = subprocess.Popen(
+            [sys.executable, "tests/capturing.py", store.root, str(moments.choice((1, 2)))],
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        wanted = len(finished) + moments.choice(
+            (0, 0, 1, 4, 9)
+        )  # half of the kills hit actors that are starting
+        while driver.poll() is None and kills < at_most:
+            actors = [p for p in processes(driver) if "TeacherActor" in name(p)]
+            if not actors or len(dates(store)) < min(wanted, SHARDS):
+                time.sleep(0.02)
+                continue
+            time.sleep(moments.uniform(0, 0.3) if wanted else moments.uniform(0, 3))
+            if driver.poll() is not None:
+                break
+            whole = moments.random() < 0.5
+            for process in (
+                [psutil.Process(driver.pid), *processes(driver)] if whole else [moments.choice(actors)]
+            ):
+                kill(process)
+            kills += 1
+            assert finished.items() <= dates(store).items(), "a finished shard was made twice"
+            finished = dates(store)
+            print(f"kill {kills}: {'driver' if whole else 'an actor'} at {len(finished)} of {SHARDS} shards")
+            if whole:
+                break
+            wanted = len(finished) + moments.choice((1, 2))
+        output, _ = driver.communicate(timeout=300)
+        if driver.returncode == 0:
+            assert finished.items() <= dates(store).items(), "a finished shard was made twice"
+            return kills
+        assert driver.returncode == -9, output
+
+
+def dates(store: Store) -> dict[str, int]:
+    """When each finished shard was written."""
+    done = store.record(CACHE)["files"] if store.record(CACHE) else store.published(CACHE)
+    paths = [store.local(f"{CACHE.key}/{name}") for name in done if name.endswith(".parquet")]
+    return {path.name: path.stat().st_mtime_ns for path in paths}
+
+
+def processes(driver: subprocess.Popen) -> list[psutil.Process]:
+    try:
+        return psutil.Process(driver.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+@pytest.mark.timeout(300)
+def test_a_thousand_changed_bytes_are_each_refused(captured):
+    """One byte of one file, anywhere in shards, manifest and record: reading says which file, and nothing is used."""
+    folder, moments = Path(captured.root) / CACHE.key, random.Random(0)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    assert {"manifest.json", "record.json", "00000.parquet"} <= {path.name for path in files}
+    for _ in range(1000):
+        path = moments.choice(files)
+        intact = path.read_bytes()
+        place = moments.randrange(len(intact))
+        if path.name == "record.json" and intact[place : place + 1].isspace():
+            place = intact.index(b'"')  # layout is not content
+        changed = bytearray(intact)
+        changed[place] ^= moments.randrange(1, 256)
+        path.write_bytes(changed)
+        with pytest.raises(SparseKDError) as refused:
+            read_all(captured)
+        assert path.name in str(refused.value)
+        path.write_bytes(intact)
+    read_all(captured)
+
+
+def read_all(store: Store) -> None:
+    folder = store.fetch(CACHE)
+    manifest = shards.read_manifest(folder)
+    for index in range(len(manifest["shard_rows"])):
+        shards.read(folder / shards.shard_name(index), manifest, 2.0)
+
+
+# what a capture refuses
+
+
+def test_probabilities_that_are_no_numbers_name_the_sample(captured):
+    model = checkpoint.load(captured.fetch(TEACHER))
+    model.model.embed_tokens.weight.data[77] = float("nan")
+    rows = np.full((20, LENGTH), 5, np.int32)
+    rows[17, 3] = 77
+    with pytest.raises(ModelError, match="prose-train-000017"):
+        Forward(model, MANIFEST).signal(domain_table("prose", "train", rows))
+    sampling = MANIFEST | {"signal": "sampled", "threshold": 0.1}
+    with pytest.raises(ModelError, match="prose-train-000017"):
+        Forward(model, sampling).signal(domain_table("prose", "train", rows))
+
+
+def test_a_card_that_is_too_small_takes_fewer_sequences(captured, monkeypatch):
+    model = checkpoint.load(captured.fetch(TEACHER))
+    whole = Forward(model, MANIFEST)
+    expected, ask = whole.signal(shard_rows(20)), model.base_model.forward
+
+    def small(input_ids, **more):
+        if len(input_ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return ask(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(model.base_model, "forward", small)
+    halved = Forward(model, MANIFEST)
+    found = halved.signal(shard_rows(20))
+    assert (whole.sequences, halved.sequences) == (forward.SEQUENCES["cpu"], 2)
+    assert torch.equal(found.ids_NK, expected.ids_NK)
+    torch.testing.assert_close(found.logprobs_NK, expected.logprobs_NK)
+    monkeypatch.setattr(model.base_model, "forward", lambda **more: small(range(9)))
+    with pytest.raises(ModelError, match="one sequence of this teacher does not fit"):
+        halved.signal(shard_rows(1))
+
+
+@pytest.mark.parametrize("lengths, culprit", [((1, 1), 0), ((4, 4, 1), 2), ((4, 5, 4), 1)])
+def test_rows_without_a_prediction_or_of_unequal_length_are_refused(lengths, culprit):
+    rows = pa.table({
+        "sample_id": [f"s{i}" for i in range(len(lengths))], "domain": ["prose"] * len(lengths),
+        "input_ids": pa.array([list(range(length)) for length in lengths], pa.list_(pa.int32())),
+    })  # fmt: skip
+    with pytest.raises(CorpusError, match=f"sample s{culprit} has {lengths[culprit]} tokens"):
+        forward.tokens(rows)
+
+
+def test_a_sample_id_that_occurs_twice_is_refused_before_any_work(cluster, tmp_path):
+    store = capturing.prepare(Store(str(tmp_path)))
+    (tmp_path / TEXTS.key / "record.json").unlink()
+    capturing.write_corpus(store, pa.concat_tables([shard_rows(9), shard_rows(4)]))
+    with pytest.raises(CorpusError, match="prose-train-000000 occurs more than once"):
+        capturing.run(store)
+
+
+def test_k_of_a_whole_vocabulary_is_refused(captured):
+    settings = capturing.TOPK.model_copy(update={"k": VOCAB})
+    with pytest.raises(ConfigError, match=f"k is {VOCAB}, the vocabulary has {VOCAB}"):
+        capturing.run(captured, settings=settings, out=Ref("cache", "k", "cc77"))
+
+
+def test_a_teacher_that_changes_between_shards_is_refused(captured, tmp_path):
+    store = capturing.prepare(Store(str(tmp_path)))
+    actor = alone(store, CACHE, shards.read_manifest(captured.fetch(CACHE)))
+    actor.shard(0)
+    config = tmp_path / TEACHER.key / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 5.0}))
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        actor.shard(1)
+
+
+def test_a_shard_that_cannot_be_read_is_named(captured, tmp_path):
+    store = capturing.prepare(Store(str(tmp_path)))
+    path = tmp_path / TEXTS.key / "train" / "00004.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    actor = alone(store, CACHE, shards.read_manifest(captured.fetch(CACHE)))
+    with pytest.raises(IntegrityError, match=r"00004\.parquet"):
+        actor.shard(4)
