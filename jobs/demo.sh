@@ -13,16 +13,21 @@ address=${RAY_ADDRESS:-http://127.0.0.1:8265}
 # the port first: asking Ray itself costs seconds of imports, on the cores that are to start it
 listens() { (: </dev/tcp/127.0.0.1/8265) 2>/dev/null; }
 answers() { { [ "$address" != http://127.0.0.1:8265 ] || listens; } && ray job list --address "$address" >/dev/null 2>&1; }
+# a new head lists jobs some seconds before it takes any
+takes_jobs() { listens && ray job submit --address "$address" -- true >/dev/null 2>&1; }
 
 if ! answers; then
   cpus=$(nproc)
   log=$(mktemp)
   echo "starting a local Ray (its log: $log)"
-  ray start --head --block --num-cpus "$((cpus > 2 ? cpus : 2))" --disable-usage-stats >"$log" 2>&1 &
+  ray start --head --block --num-cpus "$((cpus > 2 ? cpus : 2))" --disable-usage-stats \
+    --dashboard-agent-listen-port 0 >"$log" 2>&1 & # 0: any free port, another Ray may hold the usual one
   head=$!
   trap 'kill $head 2>/dev/null; wait $head 2>/dev/null || true' EXIT
-  until answers; do
-    kill -0 $head 2>/dev/null || { cat "$log"; exit 1; }
+  SECONDS=0
+  until takes_jobs; do
+    kill -0 $head 2>/dev/null && [ $SECONDS -lt 120 ] ||
+      { cat "$log"; echo "error: Ray takes no jobs at $address; see above and /tmp/ray/session_latest/logs"; exit 1; }
     sleep 0.5
   done
 fi

@@ -132,7 +132,8 @@ class Model(Settings):
     def _one_of_two(self) -> Model:
         if (self.path is None) == (self.standin is None):
             raise ValueError(
-                "give either model.path (a hub id or a directory) or model.standin (train one here)"
+                "give either model.path (a hub id or a directory) or model.standin (train one here), not both; to "
+                "replace the stand-in of the default settings, write a YAML file with `model: {path: …}`"
             )
         return self
 
@@ -317,7 +318,9 @@ def load(path: Path) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not a YAML file: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: expected a YAML mapping of settings, as in jobs/configs/laptop.yaml, found {type(tree).__name__}"
+        )
     return parse(tree, str(path))
 
 

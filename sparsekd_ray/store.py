@@ -15,6 +15,8 @@ scratch directory, which is only a cache.
     store.commit(ref, identity=settings, inputs={"corpus": corpus.fingerprint}, metrics=metrics, seconds=12.5)
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -61,6 +63,14 @@ class Ref:
     @property
     def key(self) -> str:
         return f"artifacts/{self.kind}/{self.name}-{self.fingerprint}"
+
+    @classmethod
+    def of(cls, key: str) -> Ref:
+        """The Ref with this key. ConfigError if it is no artifact's."""
+        parts = re.fullmatch(r"artifacts/([^/]+)/([^/]+)-([^/-]+)/?", key)
+        if parts is None:
+            raise ConfigError(f"{key!r} is no artifact: expected artifacts/<kind>/<name>-<fingerprint>")
+        return cls(*parts.groups())
 
 
 class Store(Files):
@@ -241,6 +251,13 @@ class Store(Files):
             f"{self.url(key)} is not what was stored: {found}. It was not used, and nothing was rebuilt. "
             f"Remove {self.url(remove)} to have it built again."
         )
+
+
+def locate(artifact: str, scratch: str | None = None) -> tuple[Store, Ref]:
+    """The store and the name of an artifact from its directory or URL. ConfigError if it is none."""
+    remote = artifact.startswith("s3://")
+    root, found, rest = (artifact if remote else str(Path(artifact).absolute())).partition("/artifacts/")
+    return Store(root, scratch), Ref.of(f"artifacts/{rest}" if found else artifact)
 
 
 def describe(path: Path) -> Fact:

@@ -171,5 +171,5 @@ def test_an_unknown_key_names_the_nearest_one_and_a_bad_file_itself(tmp_path):
     with pytest.raises(ConfigError, match=r"bad\.yaml is not a YAML file"):
         load(bad)
     bad.write_text("just words")
-    with pytest.raises(ConfigError, match="expected a mapping"):
+    with pytest.raises(ConfigError, match="expected a YAML mapping"):
         load(bad)

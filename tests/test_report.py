@@ -282,6 +282,13 @@ def test_findings_of_an_adverse_run_say_what_does_not_hold() -> None:
     assert "With one domain, drift between domains cannot be seen." in text
 
 
+def test_weights_that_training_did_not_improve_are_called_what_they_are() -> None:
+    summary = sample()
+    assert "before its first step" not in said(summary)
+    summary["curves"][2] |= {"stage": "KL only", "best_step": 0}
+    assert "KL only (seed 42) was at its best on validation text before its first step" in said(summary)
+
+
 @pytest.mark.parametrize(
     ("kd", "ce", "kl", "expected"),
     [

@@ -59,7 +59,7 @@ def test_rows_and_ids_come_back(tmp_path, manifest):
     assert found.sample_ids == rows["sample_id"].to_pylist() and found.domains == ["prose"] * ROWS
     assert [found.tokens(row).tolist() for row in range(ROWS)] == rows["input_ids"].to_pylist()
     assert torch.equal(found.target.ids_NK, signal.ids_NK)
-    assert found.positions(1) == slice(LENGTH - 1, 2 * (LENGTH - 1))
+    assert torch.equal(found.part(1).ids_NK, signal.ids_NK[LENGTH - 1 : 2 * (LENGTH - 1)])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0])

@@ -134,7 +134,7 @@ def _parity(dense: Row, rounds: Sequence[Row]) -> Check:
 
 def findings(summary: Row) -> list[str]:
     """What the figures say, in sentences. An expectation that does not hold is said plainly."""
-    parts = (_sizes, _order, _controls, _attribution, _students, _drift, _spread)
+    parts = (_sizes, _order, _controls, _unmoved, _attribution, _students, _drift, _spread)
     sentences = [check["finding"] for check in expectations(summary)]
     return sentences + [sentence for part in parts for sentence in part(summary)]
 
@@ -185,6 +185,18 @@ def _controls(summary: Row) -> Iterator[str]:
             means = [(row["stage"], math.expm1(shift(summary, row, domains) / total)) for row in controls]
             listed = ", ".join(f"{stage} {signed(mean)}" for stage, mean in means)
             yield f"On {', '.join(domains)}, {where}: {listed}."
+
+
+def _unmoved(summary: Row) -> Iterator[str]:
+    """Stages whose kept weights are those they began with: their figure is no figure of training."""
+    for curve in summary["curves"]:
+        later = [point["valid_ppl"] for point in curve["points"] if point["step"] > 0]
+        if curve["best_step"] == 0 and later:
+            start, best = number(curve["points"][0]["valid_ppl"]), number(min(later))
+            yield (
+                f"{curve['stage']} (seed {curve['seed']}) was at its best on validation text before its first step "
+                f"({start}; at best {best} after it): the weights it started from were kept, and its figure is theirs."
+            )
 
 
 def _attribution(summary: Row) -> Iterator[str]:

@@ -13,7 +13,7 @@ import torch
 from sparsekd_ray.distill.schedule import SHARDS_IN_WINDOW
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards
-from sparsekd_ray.teacher.signal import NOTHING, Target
+from sparsekd_ray.teacher.signal import Target, joined
 
 
 class Batch(NamedTuple):
@@ -42,17 +42,9 @@ class SampleReader:
         rows = [(self._shard(shard), row) for shard, row in samples]
         tokens = [torch.from_numpy(shard.tokens(row)).long() for shard, row in rows]
         input_ids_BL = torch.stack(tokens)
-        parts = [Target(*(column[shard.positions(row)] for column in shard.target)) for shard, row in rows]
-        width = max(part.ids_NK.shape[1] for part in parts)
-        ids_NK = torch.cat([_widened(part.ids_NK, width, 0) for part in parts])
-        logprobs_NK = torch.cat([_widened(part.logprobs_NK, width, NOTHING) for part in parts])
-        target = Target(ids_NK, logprobs_NK, torch.cat([part.tail_N for part in parts]))
+        target = joined([shard.part(row) for shard, row in rows])
         return Batch(
             input_ids_BL.to(device),
             input_ids_BL[:, 1:].flatten().to(device),
             Target(*(column.to(device) for column in target)),
         )
-
-
-def _widened(values_NK: torch.Tensor, width: int, padding: float) -> torch.Tensor:
-    return torch.nn.functional.pad(values_NK, (0, width - values_NK.shape[1]), value=padding)

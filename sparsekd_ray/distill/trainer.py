@@ -44,8 +44,10 @@ def train(work: list[Work], store: Store, execution: Execution, say: Say, lines:
     if not execution.gpus:  # nobody preempts a laptop, and the watcher costs seconds of every start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for failures in range(execution.max_failures + 1):
+        name = uuid.uuid4().hex
         try:
-            _trainer(work, store, execution, lines).fit()
+            _trainer(name, work, store, execution, lines).fit()
+            store.delete(f"ray/{name}")  # Ray Train's bookkeeping of a run that is over
             return
         except TrainingFailedError as error:
             ours = _cause(error)
@@ -54,7 +56,7 @@ def train(work: list[Work], store: Store, execution: Execution, say: Say, lines:
             say(f"worker group lost ({_short(error)}); restart {failures + 1} of {execution.max_failures}")
 
 
-def _trainer(work: list[Work], store: Store, execution: Execution, lines: Any) -> TorchTrainer:
+def _trainer(name: str, work: list[Work], store: Store, execution: Execution, lines: Any) -> TorchTrainer:
     resources = {"CPU": 1.0} | ({"GPU": 1.0} if execution.gpus else {})
     return TorchTrainer(
         _worker,
@@ -65,9 +67,7 @@ def _trainer(work: list[Work], store: Store, execution: Execution, lines: Any) -
         scaling_config=ScalingConfig(
             num_workers=execution.workers, use_gpu=execution.gpus, resources_per_worker=resources
         ),
-        run_config=RunConfig(
-            name=uuid.uuid4().hex, failure_config=FailureConfig(max_failures=0), **_storage(store)
-        ),
+        run_config=RunConfig(name=name, failure_config=FailureConfig(max_failures=0), **_storage(store)),
     )
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from sparsekd_ray.errors import CorpusError, ModelError
-from sparsekd_ray.teacher.signal import NOTHING, ROWS_PER_CHUNK, Sampled, TopK, sampled, topk
+from sparsekd_ray.teacher.signal import NOTHING, ROWS_PER_CHUNK, Sampled, TopK, padded, sampled, topk
 
 SEQUENCES = {"cpu": 16, "cuda": 64}
 """At first, and on one kind of card the same in every process: the last bits of a result depend on it."""
@@ -129,16 +129,10 @@ def _finite(signal: TopK | Sampled, samples: list[str]) -> None:
 def _joined(parts: list[TopK | Sampled]) -> TopK | Sampled:
     """One signal in host memory; samples are padded to the widest."""
     width = max(part.ids_NK.shape[1] for part in parts)
-    host = [
-        part._replace(**{name: column.cpu() for name, column in part._asdict().items()}) for part in parts
-    ]
-    padded = [
+    same = [
         part._replace(
-            ids_NK=torch.nn.functional.pad(part.ids_NK, (0, width - part.ids_NK.shape[1])),
-            logprobs_NK=torch.nn.functional.pad(
-                part.logprobs_NK, (0, width - part.logprobs_NK.shape[1]), value=NOTHING
-            ),
+            ids_NK=padded(part.ids_NK, width, 0), logprobs_NK=padded(part.logprobs_NK, width, NOTHING)
         )
-        for part in host
+        for part in parts
     ]
-    return type(parts[0])(*(torch.cat(column) for column in zip(*padded, strict=True)))
+    return type(parts[0])(*(torch.cat(column).cpu() for column in zip(*same, strict=True)))

@@ -43,9 +43,10 @@ class Rows(NamedTuple):
     first_B1: np.ndarray
     target: Target
 
-    def positions(self, row: int) -> slice:
-        """The row's part of the target."""
-        return slice(int(self.first_B1[row]) - row, int(self.first_B1[row + 1]) - row - 1)
+    def part(self, row: int) -> Target:
+        """The row's positions."""
+        positions = slice(int(self.first_B1[row]) - row, int(self.first_B1[row + 1]) - row - 1)
+        return Target(*(column[positions] for column in self.target))
 
     def tokens(self, row: int) -> np.ndarray:
         return self.input_ids[self.first_B1[row] : self.first_B1[row + 1]]

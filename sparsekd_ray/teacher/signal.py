@@ -13,6 +13,7 @@ Pure functions of logits. Shapes: N positions, D hidden size, V vocabulary, K ke
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,21 @@ class Target(NamedTuple):
     """float32; NOTHING for padding."""
     tail_N: torch.Tensor
     """Probability of all other ids together; 0 for an unbiased sample."""
+
+
+def joined(parts: Sequence[Target]) -> Target:
+    """One after the other, padded to the widest."""
+    width = max(part.ids_NK.shape[1] for part in parts)
+    return Target(
+        torch.cat([padded(part.ids_NK, width, 0) for part in parts]),
+        torch.cat([padded(part.logprobs_NK, width, NOTHING) for part in parts]),
+        torch.cat([part.tail_N for part in parts]),
+    )
+
+
+def padded(values_NK: torch.Tensor, width: int, value: float) -> torch.Tensor:
+    """[N, width], filled up with `value`."""
+    return torch.nn.functional.pad(values_NK, (0, width - values_NK.shape[1]), value=value)
 
 
 def topk(logits_NV: torch.Tensor, k: int, temperatures: tuple[float, ...]) -> TopK:
