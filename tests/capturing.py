@@ -57,6 +57,8 @@ def write_corpus(store: Store, table: pa.Table) -> None:
 
 def run(store: Store, actors: int = 2, settings: Teacher = TOPK, out: Ref = CACHE) -> dict[str, Any]:
     """A capture, from wherever an earlier one was killed to its record."""
+    if (record := store.record(out)) is not None:  # as the cascade's driver does
+        return record
     execution = Execution(store=store.root, actors=actors)
     metrics = capture.capture(
         TEACHER, TEXTS, out, settings=settings, store=store, execution=execution, say=lambda line: None

@@ -89,7 +89,7 @@ def test_a_sample_meets_its_budget_and_does_not_depend_on_who_draws(captured):
     assert captured.pull(again, name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(120 + 60 * KILLS)
 def test_killed_at_any_moment_the_cache_is_the_same(captured, tmp_path):
     """SIGKILL of a teacher actor, or of the driver with all it started, at seeded moments of live captures."""
     moments, kills, attempt = random.Random(0), 0, 0

