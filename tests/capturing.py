@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import transformers
+from tokenizers import Tokenizer, models
 
 from sparsekd_ray.config import Execution, Teacher
 from sparsekd_ray.corpus.shards import MANIFEST, domain_table, write_shards
@@ -30,13 +32,17 @@ PARENTS = {"teacher": TEACHER.key, "texts": TEXTS.key}
 
 def prepare(store: Store) -> Store:
     """The teacher and the corpus, as the cascade would have left them."""
-    import transformers
-
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 12}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": LENGTH}
     torch.manual_seed(0)
     config = transformers.Phi3Config(
-        vocab_size=VOCAB, pad_token_id=0, initializer_range=0.2, **sizes, **heads
+        vocab_size=VOCAB,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+        **sizes,
+        **heads,
     )
     with store.building(TEACHER) as out:
         transformers.Phi3ForCausalLM(config).save_pretrained(out)
@@ -51,6 +57,10 @@ def write_corpus(store: Store, table: pa.Table) -> None:
     manifest = {"seq_len": LENGTH, "vocab_size": VOCAB, "tokenizer_hash": "dd44", "shard_rows": SHARD_ROWS}
     with store.building(TEXTS) as out:
         write_shards(table, out / "train", SHARD_ROWS)
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, "w0"))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(
+            out / "tokenizer"
+        )
         (out / MANIFEST).write_text(json.dumps(manifest | {"rows": {"train": {"prose": len(table)}}}))
     store.commit(TEXTS, identity={}, inputs={}, metrics={}, seconds=0)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +75,15 @@ def cluster(s3_server: S3Server) -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def captured(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A store with a finished top-k cache, made by two actors without disturbance."""
+    import capturing
+
+    from sparsekd_ray.store import Store
+
+    store = capturing.prepare(Store(str(tmp_path_factory.mktemp("captured"))))
+    capturing.run(store)
+    return store

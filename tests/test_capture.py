@@ -35,14 +35,6 @@ KILLS = int(os.environ.get("SPARSEKD_KILLS", "2"))
 MANIFEST = {"signal": "topk", "codec": "compact", "k": 8, "temperatures": [2.0]}
 
 
-@pytest.fixture(scope="module")
-def captured(cluster, tmp_path_factory) -> Store:
-    """A store with a finished cache, made by two actors without disturbance."""
-    store = capturing.prepare(Store(str(tmp_path_factory.mktemp("captured"))))
-    capturing.run(store)
-    return store
-
-
 def shard_rows(count: int, length: int = LENGTH) -> pa.Table:
     return domain_table(
         "prose", "train", np.random.default_rng(1).integers(0, VOCAB, (count, length), np.int32)

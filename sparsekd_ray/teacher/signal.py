@@ -83,8 +83,8 @@ def topk(logits_NV: torch.Tensor, k: int, temperatures: tuple[float, ...]) -> To
 
 
 def _log_sums(below_NV: torch.Tensor, temperatures: set[float]) -> dict[float, torch.Tensor]:
-    """log Σ_v exp(x_v / t) for each t, where no x is above 0. At twice the temperature the terms are square roots, which
-    cost a third of exponentials."""
+    """log Σ_v exp(x_v / t) for each t, where no x is above 0. At twice the temperature the terms are square roots,
+    which cost a third of exponentials."""
     found: dict[float, torch.Tensor] = {}
     for t in sorted(temperatures):
         if t / 2 in temperatures:
