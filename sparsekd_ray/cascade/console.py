@@ -73,11 +73,12 @@ def _estimates(config: Config) -> list[str]:
     counts = estimate.parameters(shape)
     samples, length = config.corpus.samples, config.corpus.seq_len
     gb = estimate.cache_bytes(config) / estimate.GB
+    signal = f"top-{config.teacher.k}" if config.teacher.signal == "topk" else "sampled"
     lines = [
         f"model   {counts.total / 1e9:.3f} B parameters: {counts.mlp / 1e9:.3f} MLP, "
         f"{counts.attention / 1e9:.3f} attention, {counts.embedding / 1e9:.3f} embedding",
         f"corpus  {samples:,} sequences of {length} tokens, {samples * length / 1e6:.1f} M tokens",
-        f"cache   {gb:.1f} GB per teacher before compression (top-{config.teacher.k})",
+        f"cache   about {gb:.1f} GB per teacher ({signal}, {config.teacher.codec})",
         f"memory per GPU (estimated): capture {estimate.capture_gb(shape):.1f} GB; training on "
         f"{config.execution.workers} workers, ZeRO-{config.execution.zero_stage}"
         f"{', optimiser offloaded' if config.execution.offload else ''}:",

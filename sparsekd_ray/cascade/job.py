@@ -66,7 +66,7 @@ def preflight(config: Config) -> list[Step]:
             )
     standin, shape = config.model.standin, config.model.shape
     vocab = standin.vocab if standin else shape.vocab if shape else None
-    if vocab is not None and config.teacher.k >= vocab:
+    if vocab is not None and config.teacher.signal == "topk" and config.teacher.k >= vocab:
         raise ConfigError(
             f"teacher.k is {config.teacher.k}, the vocabulary has {vocab} entries: k must be smaller"
         )

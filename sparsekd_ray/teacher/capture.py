@@ -31,6 +31,7 @@ from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards, threshold
+from sparsekd_ray.teacher.codec import LARGEST_ID
 from sparsekd_ray.teacher.forward import Forward
 
 THRESHOLD = "threshold.json"
@@ -134,6 +135,10 @@ def _manifest(
     if settings.signal == "topk" and settings.k >= vocab_size:
         raise ConfigError(
             f"teacher.k is {settings.k}, the vocabulary has {vocab_size} entries: k must be smaller"
+        )
+    if settings.codec == "compact" and vocab_size > LARGEST_ID + 1:
+        raise ConfigError(
+            f"the vocabulary has {vocab_size} entries, the compact codec {LARGEST_ID + 1}: set teacher.codec to plain"
         )
     rows, size = sum(source["rows"]["train"].values()), source["shard_rows"]
     shard_rows = [min(size, rows - first) for first in range(0, rows, size)]
