@@ -145,7 +145,7 @@ class Teacher(Settings):
     """The k likeliest ids with log-normalisers (exact, any stored temperature), or an unbiased sample (fewer bytes,
     one temperature)."""
     codec: Literal["plain", "compact"] = "plain"
-    """Columns of numbers that any program reads, or a third of the bytes with errors below 1e-3 nat."""
+    """Columns of numbers that any program reads, or a third of the bytes with a mean KL to them below 1e-3 nat."""
     k: Positive = 32
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.5, 2.0, 4.0)
     """Temperatures whose log-normaliser over the whole vocabulary is stored; of a sample, its one temperature."""

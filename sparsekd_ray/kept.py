@@ -57,6 +57,10 @@ class Kept:
         return max((n.split("/")[1] for n in names if n.endswith(f"/{COMPLETE}")), default=None)
 
     def discard_all(self) -> None:
+        """Deletes every checkpoint, what makes it exist first."""
+        for published in self.store.published(self.ref, FOLDER):
+            if published.endswith(f"/{COMPLETE}"):
+                self.store.discard(self.ref, published)
         self.store.discard(self.ref, FOLDER)
 
     def forget(self, before: int | None = None) -> None:

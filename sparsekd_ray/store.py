@@ -198,12 +198,13 @@ class Store(Files):
             "versions": _versions(),
             "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         }
+        record = json.loads(json.dumps(record))  # as it will be read
         text = json.dumps(record | {"seal": _seal(record)}, indent=2, sort_keys=True)
         self.write_text(f"{ref.key}/{RECORD}", text)
         # A kill from here on leaves behind what no record lists: disk space, never a wrong answer.
         self.delete(f"{ref.key}/{PROMISES}")
         self.delete(f"{ref.key}/{CHECKPOINTS}")
-        return json.loads(json.dumps(record))
+        return record
 
     def lease(
         self, key: str, holder: str, *, ttl: float = 60.0, say: Callable[[str], None] = print
@@ -256,8 +257,9 @@ class Store(Files):
 def locate(artifact: str, scratch: str | None = None) -> tuple[Store, Ref]:
     """The store and the name of an artifact from its directory or URL. ConfigError if it is none."""
     remote = artifact.startswith("s3://")
-    root, found, rest = (artifact if remote else str(Path(artifact).absolute())).partition("/artifacts/")
-    return Store(root, scratch), Ref.of(f"artifacts/{rest}" if found else artifact)
+    root, found, rest = (artifact if remote else str(Path(artifact).absolute())).rpartition("/artifacts/")
+    ref = Ref.of(f"artifacts/{rest}" if found else artifact)
+    return Store(root, scratch), ref
 
 
 def describe(path: Path) -> Fact:

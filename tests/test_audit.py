@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 FORMS = {
     "plain": {"signal": "topk", "codec": "plain"},
     "compact": {"signal": "topk", "codec": "compact"},
-    "sampled": {"signal": "sampled", "codec": "plain", "threshold": 0.02},
-    "sampled compact": {"signal": "sampled", "codec": "compact", "threshold": 0.02},
+    "sampled": {"signal": "sampled", "codec": "plain", "threshold": 0.006},
+    "sampled compact": {"signal": "sampled", "codec": "compact", "threshold": 0.006},
 }
 
 
@@ -49,8 +49,8 @@ def verify(store: Store, ref: Ref) -> dict:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_right_cache_passes(captured, form):
     measured = verify(captured, made(captured, f"right-{form.replace(' ', '-')}", form))
-    assert measured["positions"] == 12 * (capturing.LENGTH - 1) and measured["kl"] <= measured["allowed"]
-    assert measured["noise"] < 1e-6
+    assert measured["positions"] == 12 * (capturing.LENGTH - 1)
+    assert measured["noise"] < 1e-4 and measured["allowed"] < 0.03
 
 
 def test_one_made_by_actors_passes_as_well(captured):
@@ -59,7 +59,7 @@ def test_one_made_by_actors_passes_as_well(captured):
 
 def swapped(rows, signal):
     """Another sequence's probabilities."""
-    return rows, signal._replace(ids_NK=signal.ids_NK.flip(0), logprobs_NK=signal.logprobs_NK.flip(0))
+    return rows, type(signal)(*(column.flip(0) for column in signal))
 
 
 def sharper(rows, signal):
@@ -103,12 +103,31 @@ def test_what_checksums_cannot_see_is_found(captured, form, change, found):
         verify(captured, ref)
 
 
-def test_the_wrong_sample_weights_are_found(captured):
-    halved = made(
-        captured, "halved", "sampled", lambda r, s: (r, s._replace(logprobs_NK=s.logprobs_NK - 0.7))
+def lighter(rows, signal):
+    return rows, signal._replace(logprobs_NK=signal.logprobs_NK - 2)
+
+
+def foreign(rows, signal):
+    """Other exact ids, which the teacher hardly thinks of."""
+    exact_NK = torch.arange(signal.ids_NK.shape[1]) < signal.exact_N[:, None]
+    ids_NK = torch.where(exact_NK, (signal.ids_NK + 211) % capturing.VOCAB, signal.ids_NK)
+    return rows, signal._replace(ids_NK=ids_NK)
+
+
+def bare(rows, signal):
+    """No exact ids at all."""
+    order_NK = (torch.arange(signal.ids_NK.shape[1]) + signal.exact_N[:, None]) % signal.ids_NK.shape[1]
+    return rows, signal._replace(
+        ids_NK=signal.ids_NK.gather(1, order_NK), exact_N=torch.zeros_like(signal.exact_N)
     )
-    with pytest.raises(IntegrityError, match="not what its teacher says"):
-        verify(captured, halved)
+
+
+@pytest.mark.parametrize("form", ["sampled", "sampled compact"])
+@pytest.mark.parametrize("change", [swapped, lighter, foreign, bare])
+def test_a_wrong_sample_is_found(captured, form, change):
+    ref = made(captured, f"{change.__name__}-{form.replace(' ', '-')}", form, change)
+    with pytest.raises(IntegrityError, match=r"not what its teacher says|00000\.parquet"):
+        verify(captured, ref)
 
 
 # for people

@@ -19,8 +19,10 @@ import pyarrow as pa
 import pytest
 import torch
 from capturing import CACHE, LENGTH, SAMPLED, SHARD_ROWS, SHARDS, TEACHER, TEXTS, VOCAB
+from safetensors.torch import load_file, save_file
 
 from sparsekd_ray import corpus
+from sparsekd_ray.cascade.driver import unwrapped
 from sparsekd_ray.corpus.shards import domain_table
 from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelError, SparseKDError
 from sparsekd_ray.model import checkpoint
@@ -185,6 +187,18 @@ def read_all(store: Store) -> None:
         shards.read(folder / shards.shard_name(index), manifest, 2.0)
 
 
+def test_a_machine_downloads_the_teacher_once(captured, s3_server, tmp_path, monkeypatch):
+    store = capturing.prepare(Store(f"s3://{s3_server.bucket}/once", str(tmp_path / "first")))
+    machine, downloaded = Store(store.root, str(tmp_path / "second")), []
+    download = Store.download
+    monkeypatch.setattr(Store, "download", lambda self, key: downloaded.append(key) or download(self, key))
+    for _ in range(2):
+        alone(machine, CACHE, shards.read_manifest(captured.fetch(CACHE))).shard(0)
+    assert sorted(key for key in downloaded if TEACHER.key in key) == [
+        f"{TEACHER.key}/{name}" for name in sorted(store.record(TEACHER)["files"])
+    ]
+
+
 # what a capture refuses
 
 
@@ -217,7 +231,7 @@ def test_a_card_that_is_too_small_takes_fewer_sequences(captured, monkeypatch):
     assert torch.equal(found.ids_NK, expected.ids_NK)
     torch.testing.assert_close(found.logprobs_NK, expected.logprobs_NK)
     monkeypatch.setattr(model.base_model, "forward", lambda **more: small(range(9)))
-    with pytest.raises(ModelError, match="one sequence of this teacher does not fit"):
+    with pytest.raises(ModelError, match="one sequence of this teacher, or 512 positions"):
         halved.signal(shard_rows(1))
 
 
@@ -237,6 +251,19 @@ def test_a_sample_id_that_occurs_twice_is_refused_before_any_work(cluster, tmp_p
     capturing.write_corpus(store, pa.concat_tables([shard_rows(9), shard_rows(4)]))
     with pytest.raises(CorpusError, match="prose-train-000000 occurs more than once"):
         capturing.run(store)
+
+
+def test_an_actors_error_arrives_as_it_was_raised(cluster, tmp_path):
+    """Through Ray Data: one clear message, with the sample's name, and no traceback of Ray's around it."""
+    store = capturing.prepare(Store(str(tmp_path)))
+    weights = tmp_path / TEACHER.key / "model.safetensors"
+    broken = load_file(weights)
+    broken["model.embed_tokens.weight"][:] = float("nan")
+    save_file(broken, weights, {"format": "pt"})
+    (tmp_path / TEACHER.key / "record.json").unlink()
+    store.commit(TEACHER, identity={}, inputs={}, metrics={}, seconds=0)
+    with pytest.raises(ModelError, match=r"prose-train-\d+ .*NaN or infinite"):
+        unwrapped(lambda: capturing.run(store))
 
 
 def test_k_of_a_whole_vocabulary_is_refused(captured):

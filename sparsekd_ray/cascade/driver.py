@@ -110,7 +110,7 @@ def _make(batch: list[Step], steps: list[Step], config: Config, store: Store, sa
     else:
         resources = {"num_cpus": config.execution.threads, "num_gpus": int(config.execution.gpus)}
         task = _run_stage.options(**resources).remote(step, parents, store, config.execution, lines)
-        _unwrapped(lambda: ray.get(task))
+        unwrapped(lambda: ray.get(task))
     say(console.ends(step, store))
 
 
@@ -118,7 +118,7 @@ def _capture(step: Step, parents: dict[str, Ref], config: Config, store: Store, 
     from sparsekd_ray.teacher.capture import capture
 
     started = time.monotonic()
-    metrics = _unwrapped(
+    metrics = unwrapped(
         lambda: capture(
             parents["teacher"],
             parents["texts"],
@@ -178,7 +178,7 @@ def _alone(step: Step, steps: list[Step], store: Store, config: Config, lines: L
     torch.set_num_threads(before)
 
 
-def _unwrapped(call: Callable[[], Any]) -> Any:
+def unwrapped(call: Callable[[], Any]) -> Any:
     """Our own errors as they were raised in the other process, without Ray's traceback around them."""
     try:
         return call()

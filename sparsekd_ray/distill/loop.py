@@ -262,10 +262,14 @@ def _resume(job: Job, engine: Any, kept: Kept, say: Say) -> tuple[Progress, dict
     rank, world = _rank_and_world()
     newest = _agree(kept.newest())
     if newest is None:
+        if rank == 0:
+            kept.discard_all()  # parts of one that was never completed
+        _barrier()
         return None
     progress = Progress(**json.loads((kept.fetch(newest, PROGRESS) / PROGRESS).read_text()))
     if progress.world != world:
         # optimiser states are cut for a number of workers
+        _barrier()  # all have read why
         if rank == 0:
             say(f"{job.title}: checkpoint of {progress.world} workers, now {world}: starting this step again")
             kept.discard_all()

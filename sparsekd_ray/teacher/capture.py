@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class TeacherActor:
             torch.set_num_threads(1)
         self.store, self.teacher, self.texts, self.out = store, teacher, texts, out
         self.manifest, self.one_at_a_time = manifest, threading.Lock()
-        device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+        device, dtype = "cuda" if gpu else "cpu", getattr(torch, manifest["dtype"])
         # the first actor of a machine downloads the weights, the others find them
         with FileLock(Path(tempfile.gettempdir()) / f"sparsekd-{teacher.fingerprint}.lock"):
             directory = store.fetch(teacher)
@@ -64,14 +64,17 @@ class TeacherActor:
         name, rows = shards.shard_name(index), self.rows(index)
         if self.store.pull(self.out, name):  # an actor was lost after its work and before its answer
             return len(rows)
+        if len(rows) != self.manifest["shard_rows"][index]:
+            raise IntegrityError(
+                f"{name} of the corpus has {len(rows)} rows, its manifest says {self.manifest['shard_rows'][index]}"
+            )
+        self.store.fetch(self.teacher)  # unchanged files cost a look at their dates, changed ones are refused
         with self.one_at_a_time:
-            self.store.fetch(
-                self.teacher
-            )  # a changed file is an error; unchanged ones cost a look at their dates
             signal = self.forward.signal(rows)
+        if self.store.pull(self.out, name):  # another attempt was faster
+            return len(rows)
         with self.store.building(self.out) as folder:
-            # whole or not at all: another attempt may be writing the same shard
-            passing = folder / f".{name}.{os.getpid()}.tmp"
+            passing = folder / f".{name}.{uuid.uuid4().hex}.tmp"  # whole or not at all
             shards.write(passing, rows, signal, self.manifest)
             passing.replace(folder / name)
             self.store.publish(self.out, name)
@@ -99,6 +102,7 @@ def capture(
     source = corpus.read_manifest(store.fetch(texts, [corpus.MANIFEST]))
     vocab_size = checkpoint.config_dict(store.fetch(teacher, ["config.json"]))["vocab_size"]
     manifest = _manifest(source, vocab_size, teacher, texts, settings)
+    manifest["dtype"] = "bfloat16" if execution.gpus else "float32"
     count = len(manifest["shard_rows"])
     _check_samples(store.fetch(texts), manifest)
     if settings.signal == "sampled":
@@ -110,16 +114,13 @@ def capture(
         say(f"{count - len(todo)} of {count} shards are there already")
     started, tokens = time.monotonic(), 0
     for index, rows in _stream(todo, (store, teacher, texts, out, manifest, execution.gpus), execution):
-        if rows != manifest["shard_rows"][index]:
-            raise IntegrityError(
-                f"shard {index}: {rows} rows captured, the corpus has {manifest['shard_rows'][index]}"
-            )
         tokens += rows * manifest["seq_len"]
         done.add(shards.shard_name(index))
         rate = tokens / (time.monotonic() - started)
         left = sum(manifest["shard_rows"][i] for i in todo) * manifest["seq_len"] - tokens
         say(f"{len(done)}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left")
-    missing = [shards.shard_name(i) for i in range(count) if shards.shard_name(i) not in done]
+    there = set(store.published(out))
+    missing = [shards.shard_name(i) for i in range(count) if shards.shard_name(i) not in there]
     if missing:
         raise IntegrityError(
             f"capture ended without {len(missing)} of {count} shards, the first is {missing[0]}"
@@ -189,8 +190,10 @@ def _stream(todo: list[int], arguments: tuple[Any, ...], execution: Execution) -
     """(shard, rows) of every finished shard, as it finishes."""
     if not todo:
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own line per shard says how far it is
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # our own line per shard says how far it is
+    context.raise_original_map_exception = True  # our errors say what to do; Ray's wrapping would hide them
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     pool = ActorPoolStrategy(
         min_size=1,
         max_size=min(execution.actors, len(todo)),

@@ -40,10 +40,15 @@ class Forward:
         first = 0
         while first < len(samples):
             size = self.sequences
+            part, failure = None, ""
             try:
                 part = self._signal(input_ids_BL[first : first + size], samples[first : first + size])
             except RuntimeError as error:
-                self._halve(error)
+                if not out_of_memory(error):
+                    raise
+                failure = str(error).splitlines()[0]
+            if part is None:  # the error is gone, and with it what it held of the failed batch
+                self._halve(failure)
                 continue
             _finite(part, samples[first : first + size])
             parts.append(part)
@@ -57,7 +62,9 @@ class Forward:
         hidden_BLD = self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[:, :-1]
         head_VD = self.model.get_output_embeddings().weight
         for rows_nD in hidden_BLD.flatten(0, 1).split(ROWS_PER_CHUNK):
-            yield rows_nD @ head_VD.T
+            # bf16 logits of 20 would be 0.06 nat off: the product is accumulated in fp32 anyway, and kept so
+            wide = rows_nD.is_cuda and rows_nD.dtype != torch.float32
+            yield torch.mm(rows_nD, head_VD.T, out_dtype=torch.float32) if wide else rows_nD @ head_VD.T
 
     @torch.inference_mode()
     def _signal(self, input_ids_BL: torch.Tensor, samples: list[str]) -> TopK | Sampled:
@@ -75,18 +82,20 @@ class Forward:
             logits_nV, temperatures[0], threshold, next(draws).to(logits_nV.device)
         )
 
-    def _halve(self, error: RuntimeError) -> None:
-        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not full:
-            raise error
+    def _halve(self, failure: str) -> None:
         if self.sequences == 1:
             raise ModelError(
-                f"one sequence of this teacher does not fit on {self.model.device}: shorten corpus.seq_len, or "
-                f"use cards with more memory ({str(error).splitlines()[0]})"
-            ) from None
+                f"one sequence of this teacher, or {ROWS_PER_CHUNK} positions of its vocabulary, do not fit on "
+                f"{self.model.device}: use cards with more memory, or shorten corpus.seq_len ({failure})"
+            )
         self.sequences //= 2
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    told = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
 def tokens(rows: pa.Table) -> torch.Tensor:
@@ -108,7 +117,7 @@ def draws_of(samples: list[str], positions: int) -> torch.Tensor:
     seeds = [zlib.crc32(sample.encode()) for sample in samples]
     return torch.from_numpy(
         np.concatenate([np.random.default_rng(seed).random(positions, np.float32) for seed in seeds])
-    )
+    ).clamp(max=1 - 1e-6)
 
 
 def _finite(signal: TopK | Sampled, samples: list[str]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sparsekd_ray.errors import ConfigError, IntegrityError, ModelError
+from sparsekd_ray.errors import IntegrityError, ModelError
 from sparsekd_ray.teacher import codec
 from sparsekd_ray.teacher.signal import NOTHING, Sampled, Target, TopK, tempered
 
@@ -67,8 +67,10 @@ def column(manifest: dict[str, Any], temperature: float) -> int | None:
     )
 
 
-def _tails(manifest: dict[str, Any]) -> list[float]:
-    """Temperatures of the compact codec's tails."""
+def tempers(manifest: dict[str, Any]) -> list[float]:
+    """All temperatures at which a cache can be read; of the compact codec, also those of its tails."""
+    if manifest["signal"] == "sampled":
+        return list(manifest["temperatures"])
     return [1.0, *(t for t in manifest["temperatures"] if t != 1.0)]
 
 
@@ -94,7 +96,7 @@ def _from_topk_plain(
 
 
 def _topk_compact(signal: TopK, positions_B: np.ndarray, manifest: dict[str, Any]) -> dict[str, pa.Array]:
-    k, temperatures = signal.ids_NK.shape[1], _tails(manifest)
+    k, temperatures = signal.ids_NK.shape[1], tempers(manifest)
     classes, bits = codec.encode_ids(signal.ids_NK.numpy().reshape(-1), positions_B * k)
     steps_NK = codec.encode_logprobs(signal.logprobs_NK.numpy())
     log_z = [_log_z(signal, manifest, t) for t in temperatures]
@@ -122,7 +124,7 @@ def _log_z(signal: TopK, manifest: dict[str, Any], temperature: float) -> torch.
 def _from_topk_compact(
     table: pa.Table, positions_B: np.ndarray, manifest: dict[str, Any], temperature: float
 ) -> Target:
-    k, temperatures = manifest["k"], _tails(manifest)
+    k, temperatures = manifest["k"], tempers(manifest)
     classes = bytes_of(table, "id_class", positions_B * k)
     ids_NK = codec.decode_ids(classes, positions_B * k, bytes_of(table, "id_bits")).reshape(-1, k)
     steps = bytes_of(table, "steps", positions_B * k)
@@ -140,11 +142,7 @@ def _from_topk_compact(
 
 def _sampled(signal: Sampled, positions_B: np.ndarray, compact: bool) -> dict[str, pa.Array]:
     exact_N, drawn_N = signal.exact_N.numpy(), signal.drawn_N.numpy()
-    if max(exact_N.max(initial=0), drawn_N.max(initial=0)) > MANY:
-        raise ConfigError(
-            f"a position needs {max(exact_N.max(), drawn_N.max())} sampled ids, and {MANY} of a sort can be stored: "
-            "lower teacher.bytes_per_token"
-        )
+    assert max(exact_N.max(initial=0), drawn_N.max(initial=0)) <= MANY, "the threshold bounds them"
     place_K = np.arange(signal.ids_NK.shape[1])
     ids_M = signal.ids_NK.numpy()[place_K < (exact_N + drawn_N)[:, None]]
     logprobs_M = signal.logprobs_NK.numpy()[place_K < exact_N[:, None]]

@@ -60,6 +60,11 @@ def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: di
     """Writes one shard: `corpus_rows` (sample_id, domain, input_ids) and the signal of their positions, in order."""
     ids = corpus_rows["input_ids"].combine_chunks()
     lengths_B = np.diff(ids.offsets.to_numpy())
+    if (lengths_B != manifest["seq_len"]).any() or len(signal.ids_NK) != (lengths_B - 1).sum():
+        raise IntegrityError(
+            f"a signal of {len(signal.ids_NK)} positions for {len(lengths_B)} rows of {set(lengths_B.tolist())} "
+            f"tokens, where the manifest says {manifest['seq_len']}"
+        )
     columns = {name: corpus_rows[name].combine_chunks() for name in ("sample_id", "domain")}
     if manifest["codec"] == "compact":
         classes, bits = codec.encode_ids(ids.flatten().to_numpy(), lengths_B)
@@ -96,7 +101,7 @@ def read(path: Any, manifest: dict[str, Any], temperature: float) -> Rows:
     try:
         ids, lengths_B = _tokens(table, manifest)
         target = payload.decode(table, lengths_B - 1, manifest, temperature)
-    except (IntegrityError, KeyError, ValueError) as error:
+    except (IntegrityError, KeyError, ValueError, IndexError) as error:
         raise IntegrityError(f"{path}: {error}. Remove the cache's directory.") from None
     first_B1 = np.concatenate([[0], np.cumsum(lengths_B)])
     return Rows(table["sample_id"].to_pylist(), table["domain"].to_pylist(), ids, first_B1, target)

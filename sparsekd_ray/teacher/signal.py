@@ -124,14 +124,15 @@ def sampled(logits_NV: torch.Tensor, temperature: float, threshold: float, draw_
     p_NV = (logits_NV.float() / temperature).softmax(-1)
     large_NV = p_NV >= threshold
     # one more than the whole part of Σ_{j ≤ i} p_j / τ + (1 − u) rises where a mark is passed
-    marks_NV = (p_NV.masked_fill(large_NV, 0).cumsum(-1) / threshold + (1 - draw_N)[:, None]).floor_()
+    # in fp64: over 200,064 ids the rounding of fp32 would move marks
+    marks_NV = p_NV.masked_fill(large_NV, 0).cumsum(-1, dtype=torch.float64).div_(threshold)
+    marks_NV.add_((1 - draw_N.double())[:, None]).floor_()
     taken_NV = marks_NV.diff(dim=-1, prepend=torch.zeros_like(marks_NV[:, :1])) > 0
-    taken_NV[:, 0] = marks_NV[:, 0] >= 1
     exact_N, drawn_N = large_NV.sum(-1), (taken_NV & ~large_NV).sum(-1)
     width = int((exact_N + drawn_N).max())
     # exact ones score above 1 by their probability, drawn ones below it by rising id
-    order_V = torch.linspace(0.9, 0.1, p_NV.shape[1], device=p_NV.device, dtype=torch.float64)
-    score_NV = torch.where(large_NV, 1 + p_NV.double(), order_V * taken_NV)
+    order_V = torch.linspace(0.9, 0.1, p_NV.shape[1], device=p_NV.device)
+    score_NV = torch.where(large_NV, 1 + p_NV, order_V * taken_NV)
     ids_NK = score_NV.topk(width, dim=-1).indices
     place_K = torch.arange(width, device=p_NV.device)
     logprobs_NK = p_NV.gather(1, ids_NK).clamp(min=1e-30).log()

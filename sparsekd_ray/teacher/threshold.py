@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.forward import Forward
+from sparsekd_ray.teacher.payload import MANY
 
-SMALLEST, LARGEST = 1e-3, 1.0
+SMALLEST, LARGEST = 1 / (MANY - 1), 1.0  # at most 1/τ ids are exact, and 1/τ + 1 drawn
 BISECTIONS = 10  # within 0.7 % of τ
 
 
@@ -38,10 +39,7 @@ def fit(forward: Forward, pilot: pa.Table, bytes_per_token: float) -> float:
 
 def _size(forward: Forward, pilot: pa.Table, threshold: float) -> float:
     forward.manifest = forward.manifest | {"threshold": threshold}
-    try:
-        return file_size(pilot, forward.signal(pilot), forward.manifest)
-    except ConfigError:  # more ids than a position can hold
-        return float("inf")
+    return file_size(pilot, forward.signal(pilot), forward.manifest)
 
 
 def file_size(rows: pa.Table, signal: Any, manifest: dict[str, Any]) -> float:

@@ -12,18 +12,19 @@ from rich.table import Table
 
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.teacher import shards
+from sparsekd_ray.teacher import payload, shards
 from sparsekd_ray.teacher.audit import parents
 from sparsekd_ray.teacher.threshold import column_sizes
 
 
 def all_rows(store: Store, ref: Ref, temperature: float | None = None) -> Iterator[tuple[Path, shards.Rows]]:
-    """Every shard of a finished cache, verified and decoded at a temperature, by default its first."""
+    """Every shard of a finished cache, verified and decoded at a temperature, by default its last."""
     folder = store.fetch(ref)
     manifest = shards.read_manifest(folder)
+    temperature = temperature or payload.tempers(manifest)[-1]
     for index in range(len(manifest["shard_rows"])):
         path = folder / shards.shard_name(index)
-        yield path, shards.read(path, manifest, temperature or manifest["temperatures"][0])
+        yield path, shards.read(path, manifest, temperature)
 
 
 def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top: int) -> Table:
@@ -46,12 +47,11 @@ def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top
     part, ids = rows.part(row), rows.tokens(row).tolist()
     table = Table("", "token", "next", "p(next)", f"the teacher's {top} likeliest", "tail", title=sample)
     for position, (token, following) in enumerate(pairwise(ids)):
-        kept = dict(
-            zip(part.ids_NK[position].tolist(), part.logprobs_NK[position].exp().tolist(), strict=True)
-        )
+        pairs = zip(part.ids_NK[position].tolist(), part.logprobs_NK[position].exp().tolist(), strict=True)
+        kept = {i: p for i, p in pairs if p > 0}  # padding has none
         likeliest = sorted(kept.items(), key=lambda pair: -pair[1])[:top]
-        listed = "  ".join(f"{shown(tokenizer, i)} {p:.1%}" for i, p in likeliest if p > 0)
-        chance = f"{kept[following]:.1%}" if following in kept else "in the tail"
+        listed = "  ".join(f"{shown(tokenizer, i)} {p:.1%}" for i, p in likeliest)
+        chance = f"{kept[following]:.1%}" if following in kept else "not kept"
         tail = f"{float(part.tail_N[position]):.1%}"
         table.add_row(
             str(position), shown(tokenizer, token), shown(tokenizer, following), chance, listed, tail
@@ -65,8 +65,8 @@ def shown(tokenizer: Any, token: int) -> str:
 
 
 def statistics(store: Store, ref: Ref) -> dict[str, Any]:
-    """Bytes per token by column, and by domain: mass of the kept ids, of the likeliest alone, and entropy in nat (the
-    tail counted as one, so a lower bound)."""
+    """Bytes per token by column, and by domain: mass of the kept ids, of the likeliest alone, and entropy in nat (of
+    top-k a lower bound, the tail counted as one; of a sample that of the estimate)."""
     folder, by_column = store.fetch(ref), dict[str, float]()
     manifest = shards.read_manifest(folder)
     for path in sorted(folder.glob("*.parquet")):
@@ -76,7 +76,7 @@ def statistics(store: Store, ref: Ref) -> dict[str, Any]:
     return {
         "bytes_per_token": total,
         "columns": by_column,
-        "temperatures": {str(t): _by_domain(store, ref, t) for t in manifest["temperatures"]},
+        "temperatures": {str(t): _by_domain(store, ref, t) for t in payload.tempers(manifest)},
     }
 
 
