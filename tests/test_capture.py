@@ -33,7 +33,7 @@ from sparsekd_ray.teacher.forward import Forward
 from sparsekd_ray.teacher.signal import topk
 from sparsekd_ray.teacher.threshold import column_sizes
 
-KILLS = int(os.environ.get("SPARSEKD_KILLS", "2"))
+KILLS = int(os.environ.get("SPARSEKD_KILLS", "1"))
 MANIFEST = {"signal": "topk", "codec": "compact", "k": 8, "temperatures": [2.0]}
 
 

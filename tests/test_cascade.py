@@ -22,7 +22,7 @@ from sparsekd_ray.config import parse
 from sparsekd_ray.store import Store
 
 ROOT = Path(__file__).parent.parent
-KILLS = int(os.environ.get("SPARSEKD_KILLS", "2"))
+KILLS = int(os.environ.get("SPARSEKD_KILLS", "1"))
 TINY = {
     "name": "tiny",
     "model": {

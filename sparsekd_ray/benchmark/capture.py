@@ -1,8 +1,8 @@
 """Capture against the bare forward pass, with the same weights, batches and cores, on a local store and on S3.
 
 Bare: one process per core, weights loaded and warm, hidden states and logits of its share of the sequences, nothing
-kept. Capture: everything from Ray Data to the published shard. `ratio` compares speeds once both actors have finished a
-shard (so without their start), `whole` includes their start and the end, on a text this short.
+kept. Capture: everything from Ray Data to the published shard. `ratio` compares speeds between the first shards and the
+last (so without start and end), `whole` includes both, on a text this short.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _forward(teacher: str, texts: str, index: int, barrier: Any, seconds: Any) -
 
 
 def _captured(store: Store, out: Ref) -> tuple[float, float]:
-    """Tokens per second once every actor has finished a shard, and of the whole."""
+    """Tokens per second between the first and the last shards, with all actors at work at both ends; and of the whole."""
     from sparsekd_ray.teacher.capture import capture
 
     moments = [time.perf_counter()]
@@ -131,7 +131,8 @@ def _captured(store: Store, out: Ref) -> tuple[float, float]:
         say=lambda line: moments.append(time.perf_counter()),
     )  # fmt: skip
     finished, shard = moments[1:], SHARD_ROWS * LENGTH
-    steady = (len(finished) - CORES) * shard / (finished[-1] - finished[CORES - 1])
+    first, last = CORES - 1, len(finished) - 1 - CORES
+    steady = (last - first) * shard / (finished[last] - finished[first])
     return steady, len(finished) * shard / (finished[-1] - moments[0])
 
 

@@ -195,8 +195,9 @@ def _stream(todo: list[int], arguments: tuple[Any, ...], execution: Execution) -
     context.raise_original_map_exception = True  # our errors say what to do; Ray's wrapping would hide them
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     pool = ActorPoolStrategy(
-        min_size=1,
-        max_size=min(execution.actors, len(todo)),
+        size=min(
+            execution.actors, len(todo)
+        ),  # all from the start; Ray Data would add them only after a while
         max_tasks_in_flight_per_actor=2,
         max_concurrent_calls_per_actor=2,
         enable_true_multi_threading=True,

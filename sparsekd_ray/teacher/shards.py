@@ -73,13 +73,15 @@ def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: di
             "input_bits": pa.array(bits, pa.binary()),
         }
     else:
-        columns["input_ids"] = ids
-    table = pa.table(columns | payload.encode(signal, lengths_B - 1, manifest))
+        columns["input_ids"] = payload.never_null(ids.offsets, ids.values)
+    columns |= payload.encode(signal, lengths_B - 1, manifest)
+    schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
+    table = pa.table(columns, schema)
     # no dictionaries: values hardly repeat; no statistics: the smallest and largest cell would be stored again
     pq.write_table(
         table.replace_schema_metadata({"format": FORMAT}),
         path,
-        compression="zstd",
+        compression="zstd" if manifest["codec"] == "compact" else "lz4",  # which is read twice as fast
         use_dictionary=["domain"],
         write_statistics=False,
         row_group_size=len(table),
