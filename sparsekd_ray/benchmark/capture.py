@@ -122,7 +122,7 @@ def _forward(teacher: str, texts: str, index: int, barrier: Any, seconds: Any) -
 
 
 def _captured(store: Store, out: Ref) -> tuple[float, float]:
-    """Tokens per second between the first and the last shards, with all actors at work at both ends; and of the whole."""
+    """Tokens per second between the first and the last shards, all actors at work at both ends; and of the whole."""
     from sparsekd_ray.teacher.capture import capture
 
     moments = [time.perf_counter()]
