@@ -1,6 +1,6 @@
 """Capture on real Ray: every row once, the same bytes whoever computes them and whatever is killed.
 
-`SPARSEKD_KILLS=50 pytest tests/test_capture.py -k killed` kills more often than the default.
+`SPARSEKD_KILLS=50 pytest tests/test_capture.py -k killed` kills captures; the suite kills whole cascades (test_cascade).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from sparsekd_ray.teacher.forward import Forward
 from sparsekd_ray.teacher.signal import topk
 from sparsekd_ray.teacher.threshold import column_sizes
 
-KILLS = int(os.environ.get("SPARSEKD_KILLS", "1"))
+KILLS = int(os.environ.get("SPARSEKD_KILLS", "0"))
 MANIFEST = {"signal": "topk", "codec": "compact", "k": 8, "temperatures": [2.0]}
 
 
@@ -83,6 +83,7 @@ def test_a_sample_meets_its_budget_and_does_not_depend_on_who_draws(captured):
     assert captured.pull(again, name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.skipif(KILLS == 0, reason="takes minutes: SPARSEKD_KILLS=50")
 @pytest.mark.timeout(120 + 60 * KILLS)
 def test_killed_at_any_moment_the_cache_is_the_same(captured, tmp_path):
     """SIGKILL of a teacher actor, or of the driver with all it started, at seeded moments of live captures."""
