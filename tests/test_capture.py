@@ -1,6 +1,6 @@
 """Capture on real Ray: every row once, the same bytes whoever computes them and whatever is killed.
 
-`SPARSEKD_KILLS=50 pytest tests/test_capture.py -k killed` kills captures; the suite kills whole cascades (test_cascade).
+`SPARSEKD_KILLS=50 pytest tests/test_capture.py -k killed` kills captures; the suite kills a whole cascade instead.
 """
 
 import contextlib
