@@ -4,6 +4,7 @@ python tests/capturing.py STORE ACTORS
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ TEACHER, TEXTS, CACHE = (
     Ref("cache", "top8", "cc33"),
 )
 VOCAB, LENGTH, SHARD_ROWS, SHARDS = 512, 64, 8, 24
+LAYERS = 12 if os.environ.get("SPARSEKD_KILLS") else 2  # kills need shards that take a while
 TOPK = Teacher(k=8, temperatures=(2.0,), codec="compact")
 SAMPLED = Teacher(signal="sampled", temperatures=(2.0,), codec="compact", bytes_per_token=12)
 PARENTS = {"teacher": TEACHER.key, "texts": TEXTS.key}
@@ -32,7 +34,7 @@ PARENTS = {"teacher": TEACHER.key, "texts": TEXTS.key}
 
 def prepare(store: Store) -> Store:
     """The teacher and the corpus, as the cascade would have left them."""
-    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 12}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": LENGTH}
     torch.manual_seed(0)
     config = transformers.Phi3Config(
