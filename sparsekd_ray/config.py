@@ -19,6 +19,8 @@ from sparsekd_ray.errors import ConfigError
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 TeacherPolicy = Literal["dense", "dense+kd", "previous"]
+Method = Literal["svd", "svd-whitened", "neurons", "sdm", "depth", "wanda", "magnitude"]
+Allocation = Literal["uniform", "tiered", "energy", "optimal"]
 Control = Literal["dense+kd", "ce-only", "kl-only"]
 
 
@@ -163,11 +165,36 @@ class Teacher(Settings):
         return self
 
 
-class Prune(Settings):
-    """Tiered truncated SVD of every MLP matrix, to an exact budget of MLP parameters."""
+class Calibrate(Settings):
+    """What pruning measures of a model on the training text: Gram matrices, Fisher scalars, hidden-state angles."""
 
+    samples: Positive = 64
+    """Training sequences, drawn over all domains; four tokens or more for each input of the widest matrix."""
+    seed: int = 0
+    """Which sequences are drawn."""
+
+
+class Prune(Settings):
+    """How a model gets smaller, to an exact budget of MLP parameters."""
+
+    method: Method = "svd"
+    """svd, svd-whitened: low-rank factors of every matrix. neurons, sdm: fewer neurons in every layer (a stock model).
+    depth: fewer layers (a stock model). wanda, magnitude: zeros held through training (no model is faster for it)."""
+    allocation: Allocation = "tiered"
+    """How svd methods share the budget: the same share for all, SparseKD's tiers, one energy threshold, or the
+    smallest predicted loss (exact). The other methods treat all layers alike."""
     align: Positive = 1
-    """Ranks are multiples of this (64 on GPUs; 1 where the model is too small for it)."""
+    """Ranks and widths are multiples of this (64 on GPUs; 1 where the model is too small for it)."""
+    storage: Literal["factors", "gauge"] = "factors"
+    """Of a low-rank matrix: two factors, or the smaller pivoted form (r (m + n − r) parameters instead of r (m + n))."""
+    bias: bool = False
+    """Whitened SVD: add the mean output that the factors miss, one bias per matrix."""
+    drop: Literal["block", "influence"] = "block"
+    """depth: the consecutive layers that turn the residual stream least, or the single layers of least influence."""
+    alpha: float = Field(0.4, ge=0, le=1)
+    """sdm: weight of self-distillation beside cross-entropy in the second phase (SDMPrune: 0.4 at 20 %, 0.1 at 40 %)."""
+    temperature: float = Field(0.5, gt=0, le=1)
+    """sdm: the teacher's temperature, one that the cache holds."""
 
 
 class Distill(Settings):
@@ -272,6 +299,7 @@ class Config(Settings):
     model: Model
     corpus: Corpus
     teacher: Teacher = Teacher()
+    calibrate: Calibrate = Calibrate()
     prune: Prune = Prune()
     distill: Distill = Distill()
     cascade: Cascade = Cascade()
