@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job as a cluster would run it: a local Ray head (unless one answers), `ray job submit`, then what was started
-# is stopped. Token authentication stays on: Ray writes the token, and RAY_AUTH_MODE lets the submitting client read it.
+# is stopped. Token authentication stays on: RAY_AUTH_MODE makes head and client use the token of ~/.ray/auth_token.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/${BIN:-.venv/bin}:$PATH"
@@ -17,6 +17,8 @@ answers() { { [ "$address" != http://127.0.0.1:8265 ] || listens; } && ray job l
 takes_jobs() { listens && ray job submit --address "$address" -- true >/dev/null 2>&1; }
 
 if ! answers; then
+  # a head asked for authentication starts only where a token is
+  [ -s ~/.ray/auth_token ] || [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || ray get-auth-token --generate >/dev/null
   cpus=$(nproc)
   log=$(mktemp)
   echo "starting a local Ray (its log: $log)"
