@@ -1,4 +1,4 @@
-"""Truncated SVD, the tiered allocation against brute force, and the prune stage on real model directories."""
+"""The tiered allocation against brute force, and the prune stage on real model directories."""
 
 import itertools
 import math
@@ -17,56 +17,8 @@ from sparsekd_ray.model import checkpoint
 from sparsekd_ray.prune import allocate
 from sparsekd_ray.prune.allocate import TOLERANCE, max_sparsity, protected_names, tiered
 from sparsekd_ray.prune.apply import prune
-from sparsekd_ray.prune.svd import singular_values, truncated_factors
 
 torch.set_num_threads(1)
-
-# truncated SVD
-
-
-@pytest.mark.parametrize(("m", "n", "rank"), [(7, 13, 1), (13, 7, 5), (9, 9, 9), (1, 6, 1), (6, 1, 1)])
-def test_factors_reach_the_eckart_young_distance(m: int, n: int, rank: int) -> None:
-    W_mn = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(m * n))
-    B_mr, A_rn = truncated_factors(W_mn, rank)
-    assert B_mr.shape == (m, rank) and A_rn.shape == (rank, n)
-    assert torch.linalg.norm(W_mn - B_mr @ A_rn) == pytest.approx(
-        float(singular_values(W_mn)[rank:].square().sum().sqrt()), abs=1e-12
-    )
-    assert torch.linalg.norm(B_mr) == pytest.approx(float(torch.linalg.norm(A_rn)))
-
-
-def test_no_other_factors_of_that_rank_come_closer() -> None:
-    generator = torch.Generator().manual_seed(0)
-    W_mn = torch.randn(8, 6, dtype=torch.float64, generator=generator)
-    B_mr, A_rn = truncated_factors(W_mn, 2)
-    best = torch.linalg.norm(W_mn - B_mr @ A_rn)
-    for _ in range(50):  # alternating least squares from random starts is a competitor without SVD
-        A = torch.randn(2, 6, dtype=torch.float64, generator=generator)
-        for _ in range(5):
-            B = W_mn @ torch.linalg.pinv(A)
-            A = torch.linalg.pinv(B) @ W_mn
-        assert torch.linalg.norm(W_mn - B @ A) >= best - 1e-12
-
-
-def test_signs_are_fixed_and_the_type_is_kept() -> None:
-    W_mn = torch.randn(10, 4, generator=torch.Generator().manual_seed(1))
-    B_mr, A_rn = truncated_factors(W_mn, 3)
-    assert B_mr.dtype == A_rn.dtype == torch.float32
-    assert (B_mr.gather(0, B_mr.abs().argmax(0, keepdim=True)) > 0).all()
-    other_B, other_A = truncated_factors(
-        -W_mn, 3
-    )  # the decomposition's own signs would differ between the two
-    torch.testing.assert_close(other_B, B_mr)
-    torch.testing.assert_close(other_A, -A_rn)
-
-
-def test_a_zero_matrix_and_an_impossible_rank() -> None:
-    B_mr, A_rn = truncated_factors(torch.zeros(5, 3), 2)
-    assert not B_mr.any() and not A_rn.any()
-    for rank in (0, 4):
-        with pytest.raises(ValueError, match="allowed: 1 to 3"):
-            truncated_factors(torch.zeros(5, 3), rank)
-
 
 # allocation
 
