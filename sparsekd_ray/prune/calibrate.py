@@ -1,0 +1,204 @@
+"""The calibrate stage: statistics of a model on a sample of the corpus, once, for every pruning method and budget.
+
+The artifact: `layer-000.safetensors`, … (see `statistics.collect`), `stack.safetensors` (see `statistics.stack`) and
+`manifest.json`. Layers are shared out in pieces that may run anywhere: each loads the model and reads all calibration
+sequences, so that no two pieces' sums need merging, and publishes a file per layer. The same files result, byte for
+byte, from any number of pieces (on the same kind of processor with as many threads), and a layer that was published
+before a kill is not measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparsekd_ray import corpus
+from sparsekd_ray.config import Calibrate
+from sparsekd_ray.each import Each
+from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelError
+from sparsekd_ray.model import checkpoint
+from sparsekd_ray.prune import statistics
+from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.teacher.forward import tokens
+
+MANIFEST = "manifest.json"
+STACK = "stack.safetensors"
+PIECE_BYTES = 4 * 2**30  # of Gram matrices that one piece holds at a time, unless one layer's are more
+TOKENS_PER_INPUT = 4  # below which a Gram matrix is too noisy to trust
+
+
+def calibrate(
+    model: Ref,
+    texts: Ref,
+    out: Ref,
+    *,
+    settings: Calibrate,
+    groups: int,
+    store: Store,
+    gpu: bool,
+    each: Each,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Fills `out`'s working directory with statistics of `model` on training rows of `texts`; returns the metrics.
+
+    `groups`: pieces to share the layers out to, at least. CorpusError if there are fewer rows than
+    `settings.samples`, ConfigError if they hold fewer tokens than the widest matrix has inputs, ModelError for a
+    model that is not supported or whose weights or activations are not finite.
+    """
+    manifest = _manifest(model, texts, settings, store, gpu)
+    _check_tokens(manifest, say)
+    names = [STACK, *(layer_name(index) for index in range(manifest["layers"]))]
+    done = set(store.published(out))
+    todo = [index for index in range(manifest["layers"]) if layer_name(index) not in done]
+    if done & set(names):
+        say(f"{manifest['layers'] - len(todo)} of {manifest['layers']} layers are there already")
+    pieces = partition(todo, groups, gram_bytes(manifest))
+    if STACK not in done:
+        pieces = [[], *pieces]
+    left = len(todo)
+    for index, _ in each(measure, [(store, model, texts, out, settings, gpu, piece) for piece in pieces]):
+        left -= len(pieces[index])
+        say(f"{manifest['layers'] - left}/{manifest['layers']} layers measured")
+    if missing := sorted(set(names) - set(store.published(out))):
+        raise IntegrityError(f"calibration ended without {len(missing)} files, the first is {missing[0]}")
+    (store.workdir(out) / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    return {key: manifest[key] for key in ("tokens", "sequences", "layers")}
+
+
+def measure(
+    store: Store, model: Ref, texts: Ref, out: Ref, settings: Calibrate, gpu: bool, layers: Sequence[int]
+) -> None:
+    """One piece: measures and publishes these layers, or the stack if it names none."""
+    done = set(store.published(out))  # by an attempt at this piece that was killed
+    todo = [index for index in layers if layer_name(index) not in done]
+    if not todo and (layers or STACK in done):
+        return
+    ids_BL = tokens(sample(store, texts, settings))
+    # the first piece of a machine downloads the weights, the others find them
+    with FileLock(Path(tempfile.gettempdir()) / f"sparsekd-{model.fingerprint}.lock"):
+        directory = store.fetch(model)
+    dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
+    loaded = checkpoint.load(directory, dtype=dtype, device=device)
+    _check_weights(loaded)
+    if not todo:
+        _publish(store, out, STACK, statistics.stack(loaded, ids_BL))
+        return
+    found = statistics.collect(loaded, ids_BL, todo, lambda line: None)
+    for index in todo:
+        _publish(store, out, layer_name(index), found.pop(index))
+
+
+def partition(layers: Sequence[int], groups: int, layer_bytes: int) -> list[list[int]]:
+    """Consecutive layers in `groups` nearly equal parts, or in more where a part would exceed `PIECE_BYTES`."""
+    most = max(1, PIECE_BYTES // layer_bytes)
+    count = min(len(layers), max(groups, math.ceil(len(layers) / most)))
+    return [part.tolist() for part in np.array_split(np.array(layers, dtype=int), count)] if count else []
+
+
+def gram_bytes(manifest: dict[str, Any]) -> int:
+    """Memory of one layer's Gram matrices."""
+    return 4 * (manifest["hidden"] ** 2 + manifest["inner"] ** 2)
+
+
+def sample(store: Store, texts: Ref, settings: Calibrate) -> pa.Table:
+    """The calibration rows: drawn without replacement from the training rows of all domains, in the corpus's order."""
+    table = corpus.read_rows(store.fetch(texts), "train")
+    if table.num_rows < settings.samples:
+        raise CorpusError(
+            f"calibrate.samples is {settings.samples}, the corpus has {table.num_rows} training sequences: "
+            "lower the one, or raise corpus.samples"
+        )
+    generator = np.random.default_rng(settings.seed)
+    return table.take(np.sort(generator.choice(table.num_rows, settings.samples, replace=False)))
+
+
+def layer_name(index: int) -> str:
+    return f"layer-{index:03d}.safetensors"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a statistics artifact: what was measured, on what, and how much of it."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def layer(folder: Path, index: int) -> dict[str, Tensor]:
+    """One layer's statistics, fp32 in host memory, by the names of `statistics.collect`."""
+    return load_file(folder / layer_name(index))
+
+
+def stack(folder: Path) -> dict[str, Tensor]:
+    """`angle` and `influence` of the whole stack, as in `statistics.stack`."""
+    return load_file(folder / STACK)
+
+
+def check(manifest: dict[str, Any], model_fingerprint: str) -> None:
+    """ModelError unless the statistics are of the model with this fingerprint."""
+    if manifest["model"] != model_fingerprint:
+        raise ModelError(
+            f"the statistics are of the model {manifest['model']}, not of {model_fingerprint}: weights have to be cut "
+            "by what they were seen to do; calibrate this model"
+        )
+
+
+def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bool) -> dict[str, Any]:
+    values = checkpoint.config_dict(store.fetch(model, ["config.json"]))
+    family, rows = checkpoint.check_supported(values), sample(store, texts, settings)
+    count, length = tokens(rows).shape
+    names = "\n".join(rows["sample_id"].to_pylist())
+    return {
+        "model": model.fingerprint,
+        "corpus": texts.fingerprint,
+        "family": family,
+        "hidden": values["hidden_size"],
+        "inner": values["intermediate_size"],
+        "layers": values["num_hidden_layers"],
+        "sequences": count,
+        "tokens": count * length,
+        "samples_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        "seed": settings.seed,
+        "dtype": "bfloat16" if gpu else "float32",
+    }
+
+
+def _check_tokens(manifest: dict[str, Any], say: Callable[[str], None]) -> None:
+    """A Gram matrix of fewer tokens than inputs is singular for want of text, not for what the model does."""
+    inputs, found = max(manifest["hidden"], manifest["inner"]), manifest["tokens"]
+    length = found // manifest["sequences"]
+    told = (
+        f"calibrate.samples {manifest['sequences']} × {length} tokens = {found:,} tokens, the widest matrix has "
+        f"{inputs:,} inputs"
+    )
+    advice = f"set calibrate.samples to {math.ceil(TOKENS_PER_INPUT * inputs / length)} or more"
+    if found < inputs:
+        raise ConfigError(f"{told}: at least as many are needed, better {TOKENS_PER_INPUT} times; {advice}")
+    if found < TOKENS_PER_INPUT * inputs:
+        say(f"warning: {told}, fewer than {TOKENS_PER_INPUT} for each: the statistics are noisy; {advice}")
+
+
+def _check_weights(model: Any) -> None:
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} holds NaN or infinity: the file is damaged or the training diverged")
+
+
+def _publish(store: Store, out: Ref, name: str, tensors: dict[str, Tensor]) -> None:
+    if store.pull(out, name):  # another attempt was faster
+        return
+    with store.building(out) as folder:
+        passing = folder / f".{name}.{uuid.uuid4().hex}.tmp"  # whole or not at all
+        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, passing)
+        passing.replace(folder / name)
+        store.publish(out, name)

@@ -1,0 +1,208 @@
+"""What pruning needs to know of a model at work: second moments, sensitivities and angles, over calibration text.
+
+Of each MLP: the Gram matrices Σ x xᵀ and sums Σ x of its input x (what gate and up see) and of the input h of
+down_proj, over all tokens; and for every output y_i of each of its matrices the empirical Fisher scalar, the mean over
+tokens of (∂NLL/∂y_i)², where NLL is summed over a sequence's own next tokens (Martens, arXiv 1412.1193, §5). Of the
+stack: how far the residual stream turns between any two blocks (Gromov et al., arXiv 2403.17887) and how much each
+block changes it (ShortGPT, arXiv 2403.03853).
+
+One forward and one backward pass per batch give all of it. The batches depend on the text alone and every layer's sums
+are its own, so a layer's figures are the same bit for bit whichever layers are measured beside it.
+
+Shapes: B sequences, L tokens each, N = B·L tokens, n tokens of a chunk, D hidden size, K inputs of a matrix, V
+vocabulary, S stations of the residual stream (before each block, and after the last).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsekd_ray.errors import ModelError
+
+TOKENS_PER_BATCH = (
+    1024  # bounds the activations kept for the backward pass; the last bits of a sum depend on it
+)
+ROWS_PER_CHUNK = 512
+
+Sums = dict[str, Tensor]
+
+
+def collect(
+    model: Any, ids_BL: Tensor, layers: Sequence[int], say: Callable[[str], None]
+) -> dict[int, dict[str, Tensor]]:
+    """The statistics of the MLPs of these layers; leaves the model in eval mode, its weights frozen.
+
+    By layer, in fp32 on the model's device: `input.gram` [D, D] and `input.sum` [D] of the MLP's input, `inner.gram`
+    and `inner.sum` of down_proj's, `fisher.<matrix>` [outputs] of each matrix by the name it has in the MLP; and
+    `tokens`, the number that went into each. ModelError, with layer and tensor, for values that are not finite.
+    """
+    model.eval().requires_grad_(False)
+    blocks, layers = model.base_model.layers, sorted(layers)
+    found: dict[int, Sums] = {index: {} for index in layers}
+    handles = [blocks[layers[0]].mlp.register_forward_pre_hook(_begin_graph)]
+    for index in layers:
+        handles += _watch(blocks[index].mlp, found[index])
+    try:
+        with _exact_products():
+            for done, batch_BL in batches(ids_BL):
+                _forward_backward(model, batch_BL.to(model.device))
+                say(f"layers {layers[0]} to {layers[-1]}: {done}/{len(ids_BL)} sequences")
+    finally:
+        for handle in handles:
+            handle.remove()
+    _check(found)
+    for sums in found.values():
+        for name in [name for name in sums if name.startswith("fisher.")]:
+            sums[name] /= ids_BL.numel()
+        sums["tokens"] = torch.tensor(ids_BL.numel())
+    return found
+
+
+@torch.no_grad()
+def stack(model: Any, ids_BL: Tensor) -> dict[str, Tensor]:
+    """How the residual stream turns, fp32. ModelError for a stream that is not finite.
+
+    `angle` [layers + 1, layers + 1]: mean over sequences of arccos(cos)/π between the streams entering blocks a and b
+    at the last token; the last index is the stream after the last block, before the final norm. `influence` [layers]:
+    1 − the mean over all tokens of cos(entering, leaving the block).
+    """
+    stations = [*model.eval().base_model.layers, model.base_model.norm]
+    stream_SBLD: list[Tensor] = []
+    handles = [
+        station.register_forward_pre_hook(lambda _, args: stream_SBLD.append(args[0])) for station in stations
+    ]
+    angle_SS = torch.zeros(len(stations), len(stations), dtype=torch.float64)
+    cosine_S = torch.zeros(len(stations) - 1, dtype=torch.float64)
+    try:
+        for _, batch_BL in batches(ids_BL):
+            stream_SBLD.clear()
+            model.base_model(input_ids=batch_BL.to(model.device), use_cache=False)
+            angle_SS += _angles(stream_SBLD).cpu()
+            cosine_S += _cosines(stream_SBLD).cpu()
+    finally:
+        for handle in handles:
+            handle.remove()
+    influence_S = 1 - cosine_S / ids_BL.numel()
+    for index, value in enumerate(influence_S.tolist()):
+        if not math.isfinite(value):
+            raise ModelError(_broken(f"the residual stream around layer {index}"))
+    return {"angle": (angle_SS / len(ids_BL)).float(), "influence": influence_S.float()}
+
+
+def batches(ids_BL: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(sequences so far, the next few sequences); the cuts depend on the length of a sequence and on nothing else."""
+    size, done = max(1, TOKENS_PER_BATCH // ids_BL.shape[1]), 0
+    for batch_BL in ids_BL.split(size):
+        done += len(batch_BL)
+        yield done, batch_BL
+
+
+@torch.no_grad()
+def nll_gradient(hidden_BLD: Tensor, head_VD: Tensor, ids_BL: Tensor) -> Tensor:
+    """∂NLL/∂hidden [B, L, D] of the negative log-likelihood summed over every token but each sequence's first.
+
+    ∂NLL/∂logits is softmax(logits) − onehot(next token); both exist for `ROWS_PER_CHUNK` positions at a time.
+    """
+    hidden_ND, labels_N = hidden_BLD[:, :-1].flatten(0, 1), ids_BL[:, 1:].flatten()
+    parts = []
+    for rows_nD, labels_n in zip(
+        hidden_ND.split(ROWS_PER_CHUNK), labels_N.split(ROWS_PER_CHUNK), strict=True
+    ):
+        grad_nV = (rows_nD @ head_VD.T).float().softmax(-1)
+        grad_nV.scatter_add_(1, labels_n[:, None], -torch.ones_like(grad_nV[:, :1]))
+        parts.append(grad_nV.to(head_VD.dtype) @ head_VD)
+    grad_BLD = torch.zeros_like(hidden_BLD)  # a last token predicts nothing
+    grad_BLD[:, :-1] = torch.cat(parts).view_as(grad_BLD[:, :-1])
+    return grad_BLD
+
+
+def _forward_backward(model: Any, ids_BL: Tensor) -> None:
+    hidden_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+    hidden_BLD.backward(nll_gradient(hidden_BLD, model.get_output_embeddings().weight, ids_BL))
+
+
+def _begin_graph(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Makes the first measured MLP's input the only leaf, so that nothing before it is kept or differentiated."""
+    return (args[0].detach().requires_grad_(), *args[1:])
+
+
+def _watch(mlp: Any, sums: Sums) -> list[Any]:
+    """Hooks that add what passes through one MLP to `sums`; its matrices may be dense, low-rank or joint."""
+    handles = [
+        mlp.register_forward_pre_hook(lambda _, args: _add_moments(sums, "input", args[0])),
+        mlp.down_proj.register_forward_pre_hook(lambda _, args: _add_moments(sums, "inner", args[0])),
+    ]
+    for name, matrix in mlp.named_children():
+        if name.endswith("_proj"):
+            handles.append(matrix.register_forward_hook(_fisher_hook(sums, f"fisher.{name}")))
+    return handles
+
+
+@torch.no_grad()
+def _add_moments(sums: Sums, name: str, x_BLK: Tensor) -> None:
+    x_NK = x_BLK.flatten(0, 1).float()
+    width = x_NK.shape[1]
+    gram_KK = sums.setdefault(f"{name}.gram", x_NK.new_zeros(width, width))
+    gram_KK.addmm_(x_NK.T, x_NK)
+    sums.setdefault(f"{name}.sum", x_NK.new_zeros(width)).add_(x_NK.sum(0))
+
+
+def _fisher_hook(sums: Sums, name: str) -> Callable[[Any, Any, Tensor], None]:
+    """A forward hook that has the gradient of the module's output squared and added on its way back."""
+
+    def add(grad: Tensor) -> None:
+        squares_K = grad.flatten(0, 1).float().square().sum(0)
+        sums.setdefault(name, torch.zeros_like(squares_K)).add_(squares_K)
+
+    def watch(_: Any, args: Any, output: Tensor) -> None:
+        output.register_hook(add)
+
+    return watch
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """fp32 products in fp32: no TF32, whatever the process has allowed elsewhere."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _check(found: dict[int, Sums]) -> None:
+    """Names the first sum that is not finite in the order of computation: activations up, gradients down."""
+    up = [(layer, name) for layer, sums in found.items() for name in sums if "fisher." not in name]
+    down = [(layer, name) for layer, sums in reversed(found.items()) for name in sums if "fisher." in name]
+    for layer, name in up + down:
+        if not torch.isfinite(found[layer][name].sum()):
+            raise ModelError(_broken(f"layer {layer}: {name}"))
+
+
+def _broken(what: str) -> str:
+    return (
+        f"{what} is NaN or infinite over the calibration text: the model's weights are damaged or its precision does "
+        "not hold its activations; no statistics were written"
+    )
+
+
+def _angles(stream_SBLD: list[Tensor]) -> Tensor:
+    """[S, S] float64: the angles between every two stations at the last token, over π, summed over sequences."""
+    last_BSD = F.normalize(torch.stack([h_BLD[:, -1] for h_BLD in stream_SBLD], 1).double(), dim=-1)
+    turned_SS = ((last_BSD @ last_BSD.mT).clamp(-1, 1).arccos() / math.pi).sum(0)
+    return turned_SS.fill_diagonal_(0)  # which rounding leaves at 1e-8
+
+
+def _cosines(stream_SBLD: list[Tensor]) -> Tensor:
+    """[S − 1] float64: the cosine between consecutive stations, summed over all tokens."""
+    cosines = [F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairwise(stream_SBLD)]
+    return torch.stack([cosine_BL.sum(dtype=torch.float64) for cosine_BL in cosines])
