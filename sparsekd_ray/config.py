@@ -77,8 +77,9 @@ class Corpus(Settings):
 
 
 class Standin(Settings):
-    """A small model of the Phi-3 architecture, trained here, so that the cascade runs without a model hub."""
+    """A small model of a real architecture, trained here, so that the cascade runs without a model hub."""
 
+    family: Literal["phi3", "qwen3"] = "phi3"
     hidden: Positive = 128
     intermediate: Positive = 352
     layers: Positive = 4

@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekd_ray import errors
-from sparsekd_ray.config import Standin
+from sparsekd_ray.config import Model, Standin
 from sparsekd_ray.corpus import read_rows
 from sparsekd_ray.corpus.shards import domain_table, write_shards
-from sparsekd_ray.model import standin
+from sparsekd_ray.model import checkpoint, source, standin
 from sparsekd_ray.model.muon import QUINTIC, STEPS, Muon, orthogonalise
 
 SMALL = Standin(
@@ -37,6 +37,7 @@ SMALL = Standin(
     lr=0.02,
     lr_adam=0.01,
 )
+QWEN = SMALL.model_copy(update={"family": "qwen3"})
 LENGTH = 24
 TIMES = ("train_seconds", "tokens_per_second")
 
@@ -115,6 +116,12 @@ def train(
 def trained(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     out = tmp_path_factory.mktemp("trained")
     return out, train(texts, out, Folder(out / "kept"))
+
+
+@pytest.fixture(scope="module")
+def trained_qwen(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    out = tmp_path_factory.mktemp("trained-qwen")
+    return out, train(texts, out, Folder(out / "kept"), QWEN)
 
 
 # Muon
@@ -242,9 +249,10 @@ def test_tokenizer_needs_text(documents: list[str], tmp_path: Path) -> None:
 # Training
 
 
-def test_training_learns(texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["phi3", "qwen3"])
+def test_training_learns(texts: Path, tmp_path: Path, family: str) -> None:
     said: list[str] = []
-    settings = SMALL.model_copy(update={"steps": 60})
+    settings = SMALL.model_copy(update={"steps": 60, "family": family})
     metrics = standin.pretrain(
         settings, texts, tmp_path, seed=0, checkpoints=Folder(tmp_path / "kept"), say=said.append, every=50
     )
@@ -274,6 +282,42 @@ def test_directory_loads_with_stock_classes(texts: Path, trained: tuple[Path, di
     with torch.no_grad():
         loss = model(input_ids=rows.long(), labels=rows.long()).loss.item()
     assert np.exp(loss) == pytest.approx(metrics["valid_ppl"], rel=1e-5)
+
+
+def test_a_qwen3_stand_in_is_a_stock_qwen3(texts: Path, trained_qwen: tuple[Path, dict[str, float]]) -> None:
+    out, metrics = trained_qwen
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model).__name__ == "Qwen3ForCausalLM" and model.config.tie_word_embeddings
+    assert model.config.head_dim == 16 and model.config.num_key_value_heads == 1
+    assert sum(p.numel() for p in model.parameters()) == metrics["params"]
+    assert sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name) == metrics["mlp_params"]
+    stated = source.mlp_shapes(Model(standin=QWEN))
+    assert stated == checkpoint.shapes_from_config(out) and len(stated) == 2 * 3
+    assert "Qwen3's architecture" in (out / "README.md").read_text()
+
+
+def test_every_matrix_of_a_block_goes_to_muon_and_every_vector_to_adamw(texts: Path) -> None:
+    for settings in (SMALL, QWEN):
+        run = standin._Run.start(standin._config(settings, texts, LENGTH), settings, seed=0)
+        names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+        held = {
+            kind: [names[id(p)] for group in optimiser.param_groups for p in group["params"]]
+            for kind, optimiser in run.optimisers.items()
+        }
+        assert sorted(held["muon"] + held["adamw"]) == sorted(names.values())
+        assert all(".layers." in name and name.endswith("_proj.weight") for name in held["muon"])
+        assert all("norm" in name or "embed" in name for name in held["adamw"])
+        assert any("q_norm" in name for name in held["adamw"]) == (settings.family == "qwen3")
+
+
+def test_a_killed_qwen3_ends_bit_for_bit_as_an_uninterrupted_one(
+    texts: Path, trained_qwen: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(texts, tmp_path, Folder(tmp_path / "kept", die_after=4), QWEN)
+    assert train(texts, tmp_path, Folder(tmp_path / "kept"), QWEN) == trained_qwen[1]
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / name).read_bytes() == (trained_qwen[0] / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("kills", [{"die_after": 4}, {"die_after": 8}, {"die_before": 4}, {"die_before": 8}])
@@ -311,12 +355,13 @@ def test_damaged_checkpoint_is_refused(
         train(texts, tmp_path, Folder(tmp_path / "kept"))
 
 
-def test_checkpoint_of_another_size_is_refused(
-    texts: Path, trained: tuple[Path, dict[str, float]], tmp_path: Path
+@pytest.mark.parametrize("change", [{"intermediate": 40}, {"family": "qwen3"}])
+def test_checkpoint_of_another_size_or_family_is_refused(
+    texts: Path, trained: tuple[Path, dict[str, float]], tmp_path: Path, change: dict[str, Any]
 ) -> None:
     shutil.copytree(trained[0] / "kept", tmp_path / "kept")
     with pytest.raises(errors.IntegrityError, match="step-000008"):
-        train(texts, tmp_path, Folder(tmp_path / "kept"), SMALL.model_copy(update={"intermediate": 40}))
+        train(texts, tmp_path, Folder(tmp_path / "kept"), SMALL.model_copy(update=change))
 
 
 def test_less_than_one_batch_is_refused(texts: Path, tmp_path: Path) -> None:

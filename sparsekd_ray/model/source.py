@@ -47,7 +47,7 @@ def mlp_shapes(model: Model) -> dict[str, tuple[int, int]]:
     """(out, in) of every MLP matrix, as far as known before any work; empty for a hub id without `model.shape`."""
     if model.standin is not None:
         standin = model.standin
-        values = {"model_type": "phi3", "hidden_size": standin.hidden}
+        values = {"model_type": standin.family, "hidden_size": standin.hidden}
         values |= {"intermediate_size": standin.intermediate, "num_hidden_layers": standin.layers}
         return checkpoint.shapes_from_config(values)
     directory = local_directory(model)

@@ -1,9 +1,9 @@
-"""The stand-in: a small Phi-3 trained here, so that a cascade runs without a model hub.
+"""The stand-in: a small Phi-3 or Qwen3 trained here, so that a cascade runs without a model hub.
 
-It has the real architecture (fused gate_up_proj, grouped query heads, rotary positions, tied embedding), its
-own byte-level BPE tokenizer, and a minute or two of training: Muon for the matrices inside the blocks, AdamW
-for embedding and norms. It is partly trained, and says so: what matters is that its MLP matrices hold enough
-to be missed when they are cut.
+It has the real architecture (grouped query heads, rotary positions, tied embedding; Phi-3 with fused qkv_proj and
+gate_up_proj, Qwen3 with separate matrices and norms of queries and keys), its own byte-level BPE tokenizer, and a
+minute or two of training: Muon for the matrices inside the blocks, AdamW for embedding and norms. It is partly
+trained, and says so: what matters is that its MLP matrices hold enough to be missed when they are cut.
 
 Weights and optimiser states go into a checkpoint every so many steps. The order of the sequences is a pure
 function of the seed, so a run that was killed ends, bit for bit, where an uninterrupted one does (with as
@@ -29,7 +29,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Standin
@@ -45,6 +52,9 @@ RECENT = 40  # steps behind the reported training loss
 SAY_SECONDS = 5.0
 
 Say = Callable[[str], None]
+StandinConfig = Phi3Config | Qwen3Config
+StandinModel = Phi3ForCausalLM | Qwen3ForCausalLM
+NAMES = {"phi3": "Phi-3", "qwen3": "Qwen3"}
 
 
 class Checkpoints(Protocol):
@@ -159,8 +169,8 @@ def _rows(tokens_dir: Path, split: str) -> np.ndarray:
     return table["input_ids"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
 
 
-def _config(settings: Standin, tokens_dir: Path, context: int) -> Phi3Config:
-    """Phi-3 with as many words as the tokenizer really has; its context is the length of the sequences."""
+def _config(settings: Standin, tokens_dir: Path, context: int) -> StandinConfig:
+    """As many words as the tokenizer really has; the context is the length of the sequences."""
     sizes = f"hidden {settings.hidden}, heads {settings.heads}, kv_heads {settings.kv_heads}"
     if settings.hidden % (2 * settings.heads) or settings.heads % settings.kv_heads:
         raise ModelError(
@@ -168,36 +178,38 @@ def _config(settings: Standin, tokens_dir: Path, context: int) -> Phi3Config:
             "pairs), and heads a multiple of kv_heads"
         )
     tokenizer = AutoTokenizer.from_pretrained(tokens_dir / "tokenizer")
-    return Phi3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden,
-        intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.kv_heads,
-        max_position_embeddings=context,
-        original_max_position_embeddings=context,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": settings.hidden,
+        "intermediate_size": settings.intermediate,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.kv_heads,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if settings.family == "qwen3":  # whose heads are 128 wide unless told otherwise
+        return Qwen3Config(head_dim=settings.hidden // settings.heads, **values)
+    return Phi3Config(original_max_position_embeddings=context, **values)
 
 
 @dataclass
 class _Run:
     """All that changes during training, and what a checkpoint holds."""
 
-    model: Phi3ForCausalLM
+    model: StandinModel
     optimisers: dict[str, torch.optim.Optimizer]
     losses: list[float]
     seconds: float
 
     @classmethod
-    def start(cls, config: Phi3Config, settings: Standin, seed: int) -> _Run:
+    def start(cls, config: StandinConfig, settings: Standin, seed: int) -> _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = Phi3ForCausalLM(config)
+            model = Qwen3ForCausalLM(config) if isinstance(config, Qwen3Config) else Phi3ForCausalLM(config)
         for layer in model.model.layers:  # each block begins as the identity: learns faster
             torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
             torch.nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -262,15 +274,16 @@ class _Run:
             ) from error
 
 
-def _matrices(model: Phi3ForCausalLM, settings: Standin) -> list[dict[str, Any]]:
+def _matrices(model: StandinModel, settings: Standin) -> list[dict[str, Any]]:
     """The matrices inside the blocks, kind by kind, with the row blocks of the fused ones."""
     key = settings.hidden // settings.heads * settings.kv_heads
-    kinds: dict[str, list[int] | None] = {
+    fused: dict[str, list[int] | None] = {
         "self_attn.qkv_proj": [settings.hidden, key, key],
         "mlp.gate_up_proj": [settings.intermediate, settings.intermediate],
-        "self_attn.o_proj": None,
-        "mlp.down_proj": None,
     }
+    separate = [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+    first = fused if settings.family == "phi3" else dict.fromkeys(separate)
+    kinds = {**first, "self_attn.o_proj": None, "mlp.down_proj": None}
     layers = model.model.layers
     return [
         {"params": [layer.get_submodule(kind).weight for layer in layers], "parts": parts}
@@ -314,13 +327,14 @@ def _metrics(run: _Run, rows_RL: np.ndarray, valid_RL: np.ndarray, settings: Sta
 
 
 def _card(metrics: dict[str, Any], settings: Standin) -> str:
+    name = NAMES[settings.family]
     return f"""---
 library_name: transformers
 tags: [sparsekd-ray, stand-in]
 ---
 # A small, partly trained stand-in
 
-This is no model to use. It is Phi-3's architecture in small ({metrics["params"]:,} parameters, of which
+This is no model to use. It is {name}'s architecture in small ({metrics["params"]:,} parameters, of which
 {metrics["mlp_params"]:,} in MLP matrices), trained by sparsekd-ray so that a cascade of pruning and
 distillation can be run and watched without a model hub.
 
