@@ -187,6 +187,22 @@ def test_a_killed_calibration_measures_only_what_is_missing(
     assert content(store, out) == content(store, measured)
 
 
+def test_a_piece_runs_on_one_thread_whatever_the_process_had(
+    store: Store, measured: Ref, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, threads, honest = Ref("statistics", "threads", "bb"), [], statistics.collect
+
+    def spy(*arguments: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return honest(*arguments)
+
+    monkeypatch.setattr(statistics, "collect", spy)
+    torch.set_num_threads(2)
+    run(store, out)
+    torch.set_num_threads(1)
+    assert threads == [1] and content(store, out) == content(store, measured)
+
+
 def test_a_piece_asked_for_again_publishes_only_the_missing(
     store: Store, measured: Ref, monkeypatch: pytest.MonkeyPatch
 ) -> None:

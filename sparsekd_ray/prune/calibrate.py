@@ -3,8 +3,9 @@
 The artifact: `layer-000.safetensors`, … (see `statistics.collect`), `stack.safetensors` (see `statistics.stack`) and
 `manifest.json`. Layers are shared out in pieces that may run anywhere: each loads the model and reads all calibration
 sequences, so that no two pieces' sums need merging, and publishes a file per layer. The same files result, byte for
-byte, from any number of pieces (on the same kind of processor with as many threads), and a layer that was published
-before a kill is not measured again.
+byte, from any number of pieces on the same kind of CPU (on a GPU the backward pass of attention may add in another
+order: Fisher scalars then differ in their last bits), and a layer that was published before a kill is not measured
+again.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def measure(
     todo = [index for index in layers if layer_name(index) not in done]
     if not todo and (layers or STACK in done):
         return
+    if not gpu:
+        torch.set_num_threads(1)  # first attempt or last piece left: the last bits of a sum depend on it
     ids_BL = tokens(sample(store, texts, settings))
     # the first piece of a machine downloads the weights, the others find them
     with FileLock(Path(tempfile.gettempdir()) / f"sparsekd-{model.fingerprint}.lock"):
