@@ -1,0 +1,160 @@
+"""The gated MLP of both families seen as one thing, and stock models made from other MLPs or fewer layers.
+
+Phi-3 stores gate and up in one `gate_up_proj`, gate first; Qwen3 stores them apart. Pruning by neurons, layers
+or masks wants neither name: it takes `MLP`s out of a model, and puts others in. What comes back is a new model
+of the stock class that shares no memory with the one it came from, which stays as it was.
+
+Shapes: D hidden size, I neurons (intermediate size); y = down_DI (act(gate_ID x) · up_ID x).
+"""
+
+import copy
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsekd_ray.errors import ModelError
+from sparsekd_ray.model import checkpoint
+
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")  # of a config, one entry for each layer
+LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+class MLP(NamedTuple):
+    """Row i of gate and up and column i of down are neuron i."""
+
+    gate_ID: torch.Tensor
+    up_ID: torch.Tensor
+    down_DI: torch.Tensor
+
+
+def layer_count(model: PreTrainedModel) -> int:
+    """Number of layers."""
+    return int(model.config.num_hidden_layers)
+
+
+def mlp_weights(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter]:
+    """The MLP matrices of one layer as the model stores them, by module name, gate and up before down.
+
+    Raises ModelError if one of them is held as factors, or as anything but a linear layer without bias.
+    """
+    prefix = f"model.layers.{layer}.mlp."
+    names = [name for name in checkpoint.shapes_from_config(model) if name.startswith(prefix)]
+    modules = {name: model.get_submodule(name) for name in names}
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear) or module.bias is not None:
+            raise ModelError(
+                f"{name} is a {type(module).__name__}, not a dense matrix: neurons, layers and masks are pruned in "
+                "stock models; merge a low-rank student first"
+            )
+    return {name: module.weight for name, module in modules.items()}  # type: ignore[misc]
+
+
+def view(stored: Iterable[torch.Tensor]) -> MLP:
+    """An MLP out of what `mlp_weights` gives, or gradients or masks of the same shapes; nothing is copied."""
+    *gate_up, down_DI = stored
+    gate_ID, up_ID = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2)
+    return MLP(gate_ID, up_ID, down_DI)
+
+
+def mlp_of(model: PreTrainedModel, layer: int) -> MLP:
+    """The MLP of one layer, as detached views of the model's weights.
+
+    Raises ModelError if the layer is low-rank, or holds a value that is not finite.
+    """
+    weights = mlp_weights(model, layer)
+    for name, weight in weights.items():
+        require_finite(f"{name}.weight", weight)
+    return view(weight.detach() for weight in weights.values())
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ModelError, naming the tensor, if it holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        raise ModelError(
+            f"{name} holds NaN or infinity: the model or its statistics are damaged, or the training diverged; "
+            "load or calibrate it again"
+        )
+
+
+def with_mlps(model: PreTrainedModel, mlps: Sequence[MLP]) -> PreTrainedModel:
+    """A stock model with other values in its MLPs, of the same width. Raises ValueError where shapes differ."""
+    width, present = _common_width(model, mlps), int(model.config.intermediate_size)
+    if width != present:
+        raise ValueError(f"MLPs of {width} neurons for a model of {present}: with_width changes the width")
+    return with_width(model, mlps)
+
+
+def with_width(model: PreTrainedModel, mlps: Sequence[MLP]) -> PreTrainedModel:
+    """A stock model of the same family with these MLPs, one for each layer, all of one width.
+
+    Raises ModelError for a low-rank model, ValueError if number or shapes of the MLPs do not fit.
+    """
+    width, state = _common_width(model, mlps), _copied_state(model)
+    for layer, mlp in enumerate(mlps):
+        names = [f"{name}.weight" for name in mlp_weights(model, layer)]
+        fused = len(names) == 2
+        tensors = (torch.cat(mlp[:2]), mlp.down_DI) if fused else mlp
+        placed = [tensor.detach().to(model.device, model.dtype, copy=True) for tensor in tensors]
+        state |= {name: tensor.contiguous() for name, tensor in zip(names, placed, strict=True)}
+    return _rebuilt(model, state, intermediate_size=width)
+
+
+def without_layers(model: PreTrainedModel, dropped: Collection[int]) -> PreTrainedModel:
+    """A stock model without these layers (numbered from 0); the others keep their order and are numbered anew.
+
+    Raises ModelError for a low-rank model, ValueError if a number is out of range or no layer would be left.
+    """
+    layers = layer_count(model)
+    kept = [layer for layer in range(layers) if layer not in set(dropped)]
+    if not kept or not set(dropped) <= set(range(layers)):
+        raise ValueError(f"cannot drop {sorted(dropped)} of layers 0 to {layers - 1}: one at least must stay")
+    place = {old: new for new, old in enumerate(kept)}
+    state = {
+        LAYER.sub(lambda found: f"layers.{place[int(found[1])]}.", name): tensor
+        for name, tensor in _copied_state(model, kept).items()
+    }
+    return _rebuilt(model, state, num_hidden_layers=len(kept), **_per_layer(model.config, kept))
+
+
+def _per_layer(config: Any, kept: list[int]) -> dict[str, Any]:
+    """The config's values that speak of single layers, for the layers kept."""
+    lists = {key: value for key in PER_LAYER_LISTS if (value := getattr(config, key, None)) is not None}
+    changes: dict[str, Any] = {key: [value[layer] for layer in kept] for key, value in lists.items()}
+    # Qwen3: layers from this number on use the sliding window, if there is one
+    if (first_sliding := getattr(config, "max_window_layers", None)) is not None:
+        changes["max_window_layers"] = sum(layer < first_sliding for layer in kept)
+    return changes
+
+
+def _common_width(model: PreTrainedModel, mlps: Sequence[MLP]) -> int:
+    hidden, layers = int(model.config.hidden_size), layer_count(model)
+    shapes = {tuple(tuple(matrix.shape) for matrix in mlp) for mlp in mlps}
+    width = len(mlps[0].gate_ID) if mlps else 0
+    if len(mlps) != layers or shapes != {((width, hidden), (width, hidden), (hidden, width))}:
+        raise ValueError(
+            f"{len(mlps)} MLPs of shapes {sorted(shapes)} for {layers} layers of hidden size {hidden}: allowed is one "
+            "for each layer, all of the same width"
+        )
+    return width
+
+
+def _copied_state(model: PreTrainedModel, kept: Collection[int] | None = None) -> dict[str, torch.Tensor]:
+    """Copies of all tensors outside the MLPs; with `kept`, of all tensors outside the other layers."""
+    if checkpoint.is_sparse(model):
+        raise ModelError("a low-rank model has no stock form with other layers: merge it first")
+
+    def wanted(name: str) -> bool:
+        found = LAYER.search(name)
+        return ".mlp." not in name if kept is None else found is None or int(found[1]) in kept
+
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if wanted(name)}
+
+
+def _rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor], **changes: Any) -> PreTrainedModel:
+    like = copy.copy(model)  # the same module in every respect but its config
+    like.config = type(model.config).from_dict({**checkpoint.config_dict(model), **changes})
+    return checkpoint.rebuild(like, None, state)
