@@ -1,0 +1,183 @@
+"""Zeros in place of single weights: Wanda and magnitude pruning, and how the zeros are held through training.
+
+These are controls. They show what is lost when shapes stay as they are: nothing gets smaller or faster, since a
+dense matrix product costs the same with zeros in it. The result is a stock model whose config says `mlp_mask`.
+
+Wanda (Sun et al. 2023) scores a weight by |W_ij| · ‖X_j‖₂, with X_j the j-th input over all calibration tokens, and
+drops the lowest of each output row. It goes through the layers in order, and what it measures at each has passed
+through the layers already pruned. Magnitude pruning drops the smallest |W_ij| of each matrix.
+
+Shapes: W_mn a matrix as the model stores it (m outputs, n inputs), B sequences, L tokens, D hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.model.mlp import layer_count, mlp_of, mlp_weights, require_finite, with_mlps
+
+SEQUENCES_PER_BATCH = 8
+
+
+def wanda_mask(W_mn: torch.Tensor, norm_n: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Which weights stay (True): all but the lowest |W_ij| · norm_j of each row (Wanda, section 3).
+
+    Exactly round(sparsity · m · n) go, spread over the rows so that no two differ by more than one. Among equal
+    scores smaller weights go first, then those further left. norm_n: the norm of each input.
+    """
+    _check(W_mn, sparsity)
+    require_finite("norm_n", norm_n)
+    m, n = W_mn.shape
+    size_mn = W_mn.detach().abs().float()
+    by_size_mn = size_mn.argsort(dim=-1, stable=True)
+    score_mn = (size_mn * norm_n.float()).gather(1, by_size_mn)
+    order_mn = by_size_mn.gather(1, score_mn.argsort(dim=-1, stable=True))
+    # zeros up to and including row i are the total's share of i + 1 rows, rounded down
+    upto_m = torch.arange(m + 1, device=W_mn.device) * round(sparsity * m * n) // m
+    kept_mn = torch.arange(n, device=W_mn.device) >= upto_m.diff()[:, None]
+    return torch.empty_like(kept_mn).scatter_(1, order_mn, kept_mn)
+
+
+def magnitude_mask(W_mn: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Which weights stay (True): all but the round(sparsity · m · n) smallest; among equal ones the first go first."""
+    _check(W_mn, sparsity)
+    size_N, count = W_mn.detach().abs().float().flatten(), round(sparsity * W_mn.numel())
+    if count == 0:
+        return torch.ones_like(W_mn, dtype=torch.bool)
+    threshold = size_N.kthvalue(count).values
+    kept_N = size_N > threshold
+    ties = (size_N == threshold).nonzero()[:, 0]
+    kept_N[ties[count - int((size_N < threshold).sum()) :]] = True
+    return kept_N.view(W_mn.shape)
+
+
+def _check(W_mn: torch.Tensor, sparsity: float) -> None:
+    require_finite("W_mn", W_mn)
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity {sparsity}: a share from 0 to 1 of the matrix's weights")
+
+
+@torch.no_grad()
+def magnitude(model: PreTrainedModel, sparsity: float, say: Callable[[str], None]) -> PreTrainedModel:
+    """A stock model with the smallest of each MLP matrix's weights at zero; sparsity is their share."""
+    masked = _unmasked_copy(model, sparsity)
+    for layer in range(layer_count(model)):
+        for weight in mlp_weights(masked, layer).values():
+            weight.masked_fill_(~magnitude_mask(weight, sparsity), 0)
+        say(f"magnitude mask of layer {layer + 1}/{layer_count(model)}")
+    masked.config.mlp_mask = "magnitude"
+    return masked
+
+
+@torch.no_grad()
+def wanda(
+    model: PreTrainedModel, ids_BL: torch.Tensor, sparsity: float, say: Callable[[str], None]
+) -> PreTrainedModel:
+    """A stock model with each MLP matrix masked by Wanda; sparsity is the share of weights at zero.
+
+    Each layer runs twice on what the pruned layers before it give: to measure, and pruned, to feed the next one.
+    One set of hidden states [B, L, D] is held. Raises ConfigError if the model has more zeros than that already,
+    ModelError, naming the tensor, if weights or activations are not finite.
+    """
+    masked = _unmasked_copy(model, sparsity)
+    parts = ids_BL.to(model.device).split(SEQUENCES_PER_BATCH)
+    hidden = [masked.get_input_embeddings()(part_bL) for part_bL in parts]
+    arguments = {len(part_bL): _layer_arguments(masked, part_bL) for part_bL in parts}
+    for index in range(layer_count(model)):
+        layer = masked.get_submodule(f"model.layers.{index}")
+        weights = mlp_weights(masked, index)
+        squares = {name: torch.zeros(w.shape[1], dtype=torch.float64) for name, w in weights.items()}
+        hooks = [
+            masked.get_submodule(name).register_forward_pre_hook(_adder(squares, name)) for name in weights
+        ]
+        for part_bLD in hidden:
+            layer(part_bLD, **arguments[len(part_bLD)][index])
+        for hook in hooks:
+            hook.remove()
+        for name, weight in weights.items():
+            require_finite(f"the input of {name}", squares[name])
+            norm_n = squares[name].sqrt().to(weight.device)
+            weight.masked_fill_(~wanda_mask(weight, norm_n, sparsity), 0)
+        for i, part_bLD in enumerate(hidden):
+            hidden[i] = layer(part_bLD, **arguments[len(part_bLD)][index])
+        say(f"wanda mask of layer {index + 1}/{layer_count(model)}")
+    masked.config.mlp_mask = "wanda"
+    return masked
+
+
+def _adder(squares: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, Any], None]:
+    def add(module: nn.Module, inputs: Any) -> None:
+        squares[name] += inputs[0].flatten(0, -2).float().square().sum(0, dtype=torch.float64).cpu()
+
+    return add
+
+
+def _layer_arguments(model: PreTrainedModel, ids_bL: torch.Tensor) -> list[dict[str, Any]]:
+    """What the model passes to each of its layers beside the hidden states, for sequences of this shape.
+
+    Masks and rotary tables depend on the layer's type and on the shape alone; the model itself knows them best.
+    """
+    found: list[dict[str, Any]] = []
+
+    def note(module: nn.Module, inputs: Any, arguments: dict[str, Any]) -> None:
+        found.append(arguments)
+
+    layers = [model.get_submodule(f"model.layers.{index}") for index in range(layer_count(model))]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    model.base_model(input_ids=ids_bL, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _unmasked_copy(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
+    """A copy to put zeros into, checked: finite weights, and no more zeros than are asked for."""
+    mlps = [mlp_of(model, layer) for layer in range(layer_count(model))]
+    total = sum(matrix.numel() for mlp in mlps for matrix in mlp)
+    zeros = sum(int((matrix == 0).sum()) for mlp in mlps for matrix in mlp)
+    if not 0 < sparsity < 1 or zeros > sparsity * total + 1:
+        raise ConfigError(
+            f"sparsity {sparsity:.4g} of {total} MLP weights, of which {zeros} are zero now: ask for a share above "
+            f"{zeros / total:.4f} and below 1"
+        )
+    return with_mlps(model, mlps)
+
+
+def hold(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """From now on, the MLP weights that are zero get no gradient, so that AdamW leaves them exactly zero.
+
+    Without a gradient there is no momentum, and the decay of zero is zero. The hooks sit on the parameters
+    themselves and act before any optimiser, partitioned or not, sees a gradient. Call it before training, once.
+    Returns what is held, module name → zeros [m, n] (True), for `violations`; nothing where the model's config
+    carries no `mlp_mask`.
+    """
+    if not getattr(model.config, "mlp_mask", None):
+        return {}
+    layers = range(layer_count(model))
+    weights = {name: w for layer in layers for name, w in mlp_weights(model, layer).items()}
+    zeros = {name: weight.detach() == 0 for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if weight.requires_grad:
+            weight.register_hook(_zeroing(zeros, name))
+    return zeros
+
+
+def _zeroing(zeros: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def zeroed(gradient_mn: torch.Tensor) -> torch.Tensor:
+        zeros[name] = zeros[name].to(gradient_mn.device)  # an engine may have moved the model since
+        return gradient_mn.masked_fill(zeros[name], 0)
+
+    return zeroed
+
+
+def violations(model: PreTrainedModel, zeros: dict[str, torch.Tensor]) -> dict[str, int]:
+    """How many weights that `hold` found zero are not zero now, by module name; empty if the masks were held."""
+    counts = {}
+    for name, zeros_mn in zeros.items():
+        weight: Any = model.get_submodule(name).weight
+        counts[name] = int((weight.detach()[zeros_mn.to(weight.device)] != 0).sum())
+    return {name: count for name, count in counts.items() if count}
