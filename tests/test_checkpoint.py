@@ -1,12 +1,12 @@
-"""Model directories: support, counts, loading, saving, and exports in a process without this package."""
+"""Model directories: support, counts, matrices, loading and saving; and the models that other tests use."""
 
+import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import checkpoint, export
-from sparsekd_ray.prune.apply import factorise
+from sparsekd_ray.model import checkpoint
+from sparsekd_ray.prune.gauge import gauge
+from sparsekd_ray.prune.svd import truncated_factors
 
 torch.set_num_threads(1)
 
@@ -49,13 +50,74 @@ def dense_directory(path: Path, family: str, tied: bool, **more: Any) -> Path:
     return path
 
 
-def sparse_directory(path: Path, family: str, tied: bool) -> Path:
-    """A student whose first matrix stays dense and whose others have rank 5."""
+class Form(NamedTuple):
+    """Of a low-rank student."""
+
+    family: str
+    gauge: bool = False
+    bias: bool = False
+    joint: bool = False  # gate and up of Qwen3's last layer as one matrix
+
+    def __str__(self) -> str:
+        parts = ("gauge" if self.gauge else "factors", "bias" * self.bias, "joint" * self.joint)
+        return "-".join(filter(None, (self.family, *parts)))
+
+
+FORMS = [
+    Form(family, gauge, bias, joint)
+    for family in FAMILIES
+    for gauge, bias, joint in itertools.product((False, True), repeat=3)
+    if family == "qwen3" or not joint
+]
+
+
+def student_of(
+    form: Form, tied: bool = True, rank: int = 5, dense_layers: tuple[int, ...] = (0,), **more: Any
+) -> tuple[Any, Any]:
+    """A low-rank model, and the dense model whose MLP matrices are its products (with biases where it has them)."""
+    dense = dense_model(form.family, tied, **more)
+    names = list(checkpoint.shapes_from_config(dense))
+    if form.joint:
+        last = f"model.layers.{dense.config.num_hidden_layers - 1}.mlp."
+        names = [name for name in names if name not in (f"{last}gate_proj", f"{last}up_proj")]
+        names.append(f"{last}gate_up_proj")
+    names = [name for name in names if int(name.split(".")[2]) not in dense_layers]
+    state = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
+    for name in names:
+        state |= low_rank_tensors(form, name, checkpoint.mlp_matrix(dense, name).float(), rank)
+        for part in parts_of(dense, name):
+            del state[f"{part}.weight"]
+    student = checkpoint.rebuild(dense, dict.fromkeys(names, rank), state, gauge=form.gauge, bias=form.bias)
+    for name in names:
+        parts, bias = parts_of(dense, name), checkpoint.mlp_bias(student, name)
+        for i, part in enumerate(parts):
+            layer = dense.get_submodule(part)
+            layer.weight.data = checkpoint.mlp_matrix(student, name).float().chunk(len(parts))[i]
+            layer.bias = None if bias is None else torch.nn.Parameter(bias.float().chunk(len(parts))[i])
+    return student, dense
+
+
+def low_rank_tensors(form: Form, name: str, W_mn: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+    B_mr, A_rn = truncated_factors(W_mn, rank)
+    held = {"A.weight": A_rn, "B.weight": B_mr}
+    if form.gauge:
+        held = dict(zip(("order", "U.weight", "C.weight"), gauge(B_mr, A_rn), strict=True))
+    if form.bias:
+        held["bias"] = torch.randn(len(W_mn))
+    return {f"{name}.{key}": tensor for key, tensor in held.items()}
+
+
+def parts_of(dense: transformers.PreTrainedModel, name: str) -> list[str]:
+    """The stock matrices that a low-rank one stands for."""
+    if name in checkpoint.shapes_from_config(dense):
+        return [name]
+    return [name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
+
+
+def sparse_directory(path: Path, family: str, tied: bool, **form: bool) -> Path:
+    """A student whose first layer stays dense and whose other matrices have rank 5."""
     source = dense_directory(path.parent / f"{path.name}-dense", family, tied)
-    model = checkpoint.load(source)
-    ranks: dict[str, int | None] = dict.fromkeys(checkpoint.shapes_from_config(model), 5)
-    ranks[next(iter(ranks))] = None
-    checkpoint.save(factorise(model, ranks, print), source, path, "card")
+    checkpoint.save(student_of(Form(family, **form), tied)[0], source, path, "card")
     return path
 
 
@@ -84,11 +146,51 @@ def test_counts_from_the_config_are_those_of_the_model(family: str, tied: bool, 
         == checkpoint.count_parameters(model)
     )
     assert checkpoint.mlp_parameters(model) == sum(m * n for m, n in shapes.values())
-    sparse = checkpoint.load(sparse_directory(tmp_path / "sparse", family, tied))
-    assert checkpoint.shapes_from_config(sparse) == shapes
-    assert checkpoint.total_parameters(tmp_path / "sparse") == sparse.num_parameters()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_counts_of_low_rank_models_follow_from_the_config_too(form: Form, tied: bool) -> None:
+    sparse, _ = student_of(form, tied)
+    values = json.loads(sparse.config.to_json_string())
+    held = {
+        name.rpartition(".mlp.")[0] + ".mlp." + name.split(".")[4]
+        for name in sparse.state_dict()
+        if ".mlp." in name
+    }
+    shapes = checkpoint.shapes_from_config(values)
+    assert set(shapes) == held and list(shapes) == list(checkpoint.shapes_from_config(sparse))
+    assert shapes == {name: tuple(checkpoint.mlp_matrix(sparse, name).shape) for name in shapes}
+    assert checkpoint.total_parameters(values) == sparse.num_parameters()
     mlp = sum(p.numel() for name, p in sparse.named_parameters() if ".mlp." in name)
-    assert checkpoint.mlp_parameters(sparse) == mlp < checkpoint.mlp_parameters(model)
+    assert (
+        checkpoint.mlp_parameters(sparse) == mlp < checkpoint.mlp_parameters(dense_model(form.family, tied))
+    )
+    assert checkpoint.mlp_form(values) == checkpoint.mlp_form(sparse) == (form.gauge, form.bias)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_matrices_and_biases_are_found_by_every_name(form: Form) -> None:
+    sparse, product = student_of(form)
+    for name, module in product.named_modules():
+        if ".mlp." in name and isinstance(module, torch.nn.Linear):
+            torch.testing.assert_close(checkpoint.mlp_matrix(sparse, name).float(), module.weight.data)
+            bias = checkpoint.mlp_bias(sparse, name)
+            if not form.bias:
+                assert bias is None
+            else:
+                torch.testing.assert_close(
+                    bias, torch.zeros_like(bias) if module.bias is None else module.bias.data.double()
+                )
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp."
+        whole_mn, *halves = (
+            checkpoint.mlp_matrix(sparse, prefix + n) for n in ("gate_up_proj", "gate_proj", "up_proj")
+        )
+        assert whole_mn.dtype == torch.float64 and torch.equal(whole_mn, torch.cat(halves))
+    for name in ("model.layers.3.mlp.down_proj", "model.layers.0.mlp.act_fn", "model.norm", "down_proj"):
+        with pytest.raises(ModelError, match=f"no MLP matrix '{name}'; it has model.layers.0.mlp.gate_"):
+            checkpoint.mlp_matrix(sparse, name)
 
 
 def test_counts_of_published_models() -> None:
@@ -126,6 +228,7 @@ def test_planning_needs_neither_torch_nor_transformers() -> None:
         ({"model_type": "qwen3_moe", "num_experts": 128}, "mixture of experts (num_experts)"),
         ({"model_type": "phi3", "quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "phi3", "mlp_bias": True}, "biased MLP (mlp_bias)"),
+        ({"model_type": "sparsekd_phi3", "mlp_down_bias": True}, "biased MLP (mlp_down_bias)"),
         ({}, "model_type None"),
     ],
 )
@@ -139,6 +242,7 @@ def test_supported_families() -> None:
     assert [checkpoint.check_supported({"model_type": t, "mlp_bias": False}) for t in types] == [
         *FAMILIES
     ] * 2
+    assert checkpoint.check_supported({"model_type": "sparsekd_qwen3", "mlp_bias": True}) == "qwen3"
 
 
 # loading
@@ -165,12 +269,17 @@ def test_resolve_takes_directories_and_explains_failure(
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "left over", "misshapen", "absent"])
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "gauge"])
 def test_damaged_weights_are_refused(kind: str, damage: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    path = (dense_directory if kind == "dense" else sparse_directory)(tmp_path / kind, "phi3", False)
+    if kind == "dense":
+        path = dense_directory(tmp_path / kind, "phi3", False)
+    else:
+        path = sparse_directory(tmp_path / kind, "phi3", False, gauge=kind == "gauge")
     file, name = path / "model.safetensors", "model.layers.0.mlp.gate_up_proj.weight"
+    if kind == "gauge":
+        name = "model.layers.1.mlp.gate_up_proj.order"
     tensors = load_file(file)
     match damage:
         case "cut":
@@ -180,7 +289,7 @@ def test_damaged_weights_are_refused(kind: str, damage: str, tmp_path: Path) -> 
         case "missing":
             del tensors[name]
         case "left over":
-            tensors["model.layers.0.mlp.gate_up_proj.bias"] = torch.zeros(90)
+            tensors[f"{name.removesuffix('.weight')}.stray"] = torch.zeros(90)
         case "misshapen":
             tensors[name] = torch.zeros(90, 31)
     if damage not in ("cut", "absent"):
@@ -209,6 +318,15 @@ def test_a_header_cut_short_is_named(tmp_path: Path) -> None:
 # saving
 
 
+def low_rank_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The same model with a product of rank 3 in the place of its first MLP matrix."""
+    name = next(iter(checkpoint.shapes_from_config(model)))
+    tensors = low_rank_tensors(Form("any"), name, checkpoint.mlp_matrix(model, name), 3)
+    state = {key: tensor for key, tensor in model.state_dict().items() if key != f"{name}.weight"}
+    state |= {key: tensor.to(model.dtype) for key, tensor in tensors.items()}
+    return checkpoint.rebuild(model, {name: 3}, state)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_directory_is_complete_and_keeps_generation_settings(
@@ -224,7 +342,7 @@ def test_saved_directory_is_complete_and_keeps_generation_settings(
     )
     model = checkpoint.load(source, dtype=dtype)
     out = tmp_path / "out"
-    student = factorise(model, dict.fromkeys(checkpoint.shapes_from_config(model), 3), print)
+    student = low_rank_copy(model)
     assert student.dtype == dtype and student.generation_config.max_new_tokens == 7
     checkpoint.save(student, source, out, "the card")
     assert {p.name for p in out.iterdir()} == {
@@ -252,15 +370,58 @@ def test_save_refuses_what_does_not_reload_and_a_missing_tokenizer(tmp_path: Pat
         checkpoint.save(model, source, tmp_path / "out", "card")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.bias], ids=str)
 @pytest.mark.parametrize("tied", [True, False])
-def test_merged_model_is_stock_and_the_same_function(family: str, tied: bool, tmp_path: Path) -> None:
-    sparse = checkpoint.load(sparse_directory(tmp_path / "sparse", family, tied))
+def test_merged_model_is_stock_and_the_same_function(form: Form, tied: bool) -> None:
+    sparse, product = student_of(form, tied)
     merged = checkpoint.merge(sparse)
-    assert type(merged) is type(dense_model(family, tied)) and merged.config.model_type == family
-    assert merged.num_parameters() == dense_model(family, tied).num_parameters()
+    assert type(merged) is type(product) and merged.config.model_type == form.family
+    assert not {"mlp_ranks", "mlp_storage", "mlp_bias", "auto_map"} & set(merged.config.to_dict())
+    assert merged.num_parameters() == product.num_parameters()
     torch.testing.assert_close(logits(merged), logits(sparse), atol=1e-5, rtol=1e-5)
-    assert (logits(merged) - logits(dense_model(family, tied))).abs().max() > 0.1
+    assert (logits(merged) - logits(dense_model(form.family, tied))).abs().max() > 0.1
+
+
+def test_biases_have_no_place_in_a_stock_model() -> None:
+    with pytest.raises(ModelError, match=r"have biases \(mlp_bias\), and stock"):
+        checkpoint.merge(student_of(Form("qwen3", bias=True))[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rebuilt_model_takes_all_its_tensors_and_no_others(family: str) -> None:
+    dense = dense_model(family, True)
+    state = dict(dense.state_dict())
+    name = "model.layers.1.mlp.down_proj.weight"
+    for wrong in (
+        {key: tensor for key, tensor in state.items() if key != name},
+        {**state, "stray": state[name]},
+    ):
+        with pytest.raises(ModelError, match="rebuilt model does not hold the weights of its config"):
+            checkpoint.rebuild(dense, None, wrong)
+    with pytest.raises(ModelError, match=r"no smaller than the dense matrix"):
+        checkpoint.rebuild(dense, {name.removesuffix(".weight"): 32}, state)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_rebuilt_model_keeps_its_form_unless_told(form: Form) -> None:
+    sparse, _ = student_of(form)
+    again = checkpoint.rebuild(sparse, checkpoint.mlp_ranks(sparse), sparse.state_dict())
+    assert checkpoint.mlp_form(again) == (form.gauge, form.bias) and torch.equal(
+        logits(again), logits(sparse)
+    )
+    with pytest.raises(ModelError, match="rebuilt model does not"):
+        checkpoint.rebuild(sparse, checkpoint.mlp_ranks(sparse), sparse.state_dict(), gauge=not form.gauge)
+
+
+def test_what_else_a_config_says_survives(tmp_path: Path) -> None:
+    source = dense_directory(tmp_path / "dense", "qwen3", True)
+    model = checkpoint.load(source)
+    model.config.mlp_mask = "wanda"
+    checkpoint.save(model, source, tmp_path / "masked", "card")
+    again = checkpoint.load(tmp_path / "masked")
+    assert again.config.mlp_mask == checkpoint.config_dict(tmp_path / "masked")["mlp_mask"] == "wanda"
+    assert checkpoint.rebuild(again, None, again.state_dict()).config.mlp_mask == "wanda"
+    assert low_rank_copy(again).config.mlp_mask == "wanda"
 
 
 def test_long_rope_survives_conversion(tmp_path: Path) -> None:
@@ -270,154 +431,7 @@ def test_long_rope_survives_conversion(tmp_path: Path) -> None:
         tmp_path / "dense", "phi3", True, rope_parameters=rope, original_max_position_embeddings=32
     )
     model = checkpoint.load(source)
-    ranks: dict[str, int | None] = dict.fromkeys(checkpoint.shapes_from_config(model))
-    checkpoint.save(factorise(model, ranks, print), source, tmp_path / "out", "card")
+    checkpoint.save(checkpoint.rebuild(model, {}, model.state_dict()), source, tmp_path / "out", "card")
     unchanged = checkpoint.load(tmp_path / "out")
     assert unchanged.config.rope_parameters == model.config.rope_parameters
     assert torch.equal(logits(unchanged), logits(model))
-
-
-# export
-
-OUTSIDER = """
-import importlib.abc, json, os, re, sys
-from pathlib import Path
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "sparsekd_ray":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import sparsekd_ray
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("sparsekd_ray can be imported: this proves nothing")
-
-import torch
-from transformers import AutoModelForCausalLM
-
-torch.set_num_threads(1)
-answer = {}
-for root in map(Path, sys.argv[1:]):
-    try:
-        AutoModelForCausalLM.from_pretrained(root / "low-rank")
-        refusal = "none"
-    except ValueError as error:
-        refusal = str(error)
-    found = {"refusal": refusal}
-    for name in ("low-rank", "merged"):
-        code = {"trust_remote_code": True} if name == "low-rank" else {}
-        model = AutoModelForCausalLM.from_pretrained(root / name, **code)
-        ids = torch.arange(20)[None]
-        os.chdir(root / name)
-        snippet = re.search("```python\\n(.*?)```", Path("README.md").read_text(), re.S)[1]
-        exec(snippet, {})
-        found[name] = {
-            "class": type(model).__module__ + "." + type(model).__name__,
-            "params": sum(p.numel() for p in model.parameters()),
-            "logits": model(ids).logits.tolist(),
-            "generated": model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False).tolist(),
-        }
-    answer[str(root)] = found
-assert not [name for name in sys.modules if name.startswith("sparsekd_ray")]
-print("ANSWER", json.dumps(answer))
-"""
-
-FIGURES = {
-    "window": 64,
-    "stride": 32,
-    **{
-        p: {"ppl": 12.345, "tokens": 9000, "domains": {"prose": {"ppl": 6.5, "tokens": 9000}}}
-        for p in ("sliding", "disjoint")
-    },
-}
-
-
-@pytest.fixture
-def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keeps transformers' copies of shipped code out of the user's cache."""
-    cache = tmp_path / "modules"
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
-    monkeypatch.syspath_prepend(cache)
-    return cache
-
-
-def test_exports_load_where_this_package_is_not(
-    module_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = {}
-    for family, tied in (("phi3", True), ("qwen3", False)):
-        source = sparse_directory(tmp_path / f"student-{family}", family, tied)
-        out, said = tmp_path / f"export-{family}", []
-        facts = {
-            "sparsity": 0.5,
-            "base_model": "someone/base",
-            "perplexity": FIGURES,
-            "dense_perplexity": FIGURES,
-        }
-        metrics = export.export(source, out, card_facts=facts, say=said.append)
-        assert len(said) == 2 and not [
-            p for p in out.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")
-        ]
-        models[out] = checkpoint.load(source)
-        assert metrics["low-rank"]["params"] == checkpoint.count_parameters(models[out])
-        assert max(m["logits_difference"] for m in metrics.values()) <= 1e-5
-        shutil.rmtree(source)
-    script = tmp_path / "outsider.py"
-    script.write_text(OUTSIDER)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "elsewhere"))
-    done = subprocess.run(
-        [sys.executable, "-I", script, *models],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.split("ANSWER ")[1])
-    for out, ours in models.items():
-        found = answer[str(out)]
-        assert "trust_remote_code" in found["refusal"]
-        assert found["low-rank"]["class"].startswith("transformers_modules.")
-        assert found["merged"]["class"].startswith("transformers.models.")
-        dense = checkpoint.total_parameters(out / "merged")
-        assert found["merged"]["params"] == dense > found["low-rank"]["params"] == ours.num_parameters()
-        expected = ours.generate(torch.arange(20)[None], max_new_tokens=5, min_new_tokens=5, do_sample=False)
-        for name in ("low-rank", "merged"):
-            torch.testing.assert_close(
-                torch.tensor(found[name]["logits"]), logits(ours), atol=1e-5, rtol=1e-5
-            )
-            assert found[name]["generated"] == expected.tolist()
-
-
-def test_card_states_what_the_model_is() -> None:
-    import yaml
-
-    facts = {"sparsity": 0.35, "parameters": 12345, "base_model": "someone/base", "license": "mit"}
-    card = export.model_card({**facts, "perplexity": FIGURES, "dense_perplexity": FIGURES}, low_rank=True)
-    _, front, body = card.split("---\n", 2)
-    front = yaml.safe_load(front)
-    assert (
-        front["base_model"] == "someone/base"
-        and front["library_name"] == "transformers"
-        and front["license"] == "mit"
-    )
-    assert "low-rank" in front["tags"]
-    assert "35.0%" in body and "12,345" in body and "trust_remote_code=True" in body
-    assert (
-        "| windows of 64 tokens, stride 32, every token of every window | prose | 9,000 | 6.50 | 6.50 |"
-        in body
-    )
-    plain = export.model_card({"sparsity": 0.35, "parameters": 1}, low_rank=False)
-    assert "base_model" not in plain and "Perplexity" not in plain and "trust_remote_code" not in plain
-
-
-def test_export_refuses_a_stock_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="stock model already"):
-        export.export(
-            dense_directory(tmp_path / "dense", "phi3", True), tmp_path / "out", card_facts={}, say=print
-        )

@@ -5,7 +5,8 @@ its MLP matrices follow from config.json alone, so a plan is checked before any 
 transformers are therefore imported only in the functions that need them. Loading runs no code from the
 directory and accepts no missing, left-over or misshapen tensor. Saving reads back what it wrote and compares.
 
-MLP matrices are written [m, n] = [outputs, inputs] and named as in the model, `model.layers.0.mlp.down_proj`.
+MLP matrices are written [m, n] = [outputs, inputs] and named as in the model, `model.layers.0.mlp.down_proj`. Where a
+low-rank Qwen3 holds gate and up of a layer as one matrix, that is its `gate_up_proj`, gate first.
 "Config" below means a parsed config.json, a directory that holds one, a transformers config, or a model.
 """
 
@@ -14,12 +15,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekd_ray.errors import ModelError
+from sparsekd_ray.prune import cost
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +36,8 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 OWN_FIELDS = (  # of a config, which a rebuilt model does not take over
-    "model_type", "architectures", "auto_map", "transformers_version", "mlp_ranks", "num_parameters_expected",
+    "model_type", "architectures", "auto_map", "transformers_version", "mlp_ranks", "mlp_storage", "mlp_bias",
+    "num_parameters_expected",
 )  # fmt: skip
 
 
@@ -57,7 +60,9 @@ def check_supported(config: Any) -> str:
     model_type = values.get("model_type")
     obstacles = [] if model_type in FAMILIES else [f"model_type {model_type!r}"]
     obstacles += [f"mixture of experts ({key})" for key in values if "experts" in key and values[key]]
-    obstacles += [f"biased MLP ({key})" for key in values if "mlp" in key and "bias" in key and values[key]]
+    known = "mlp_bias" if is_sparse(values) else None  # what the low-rank matrices of a student may have
+    biases = [key for key in values if "mlp" in key and "bias" in key and key != known]
+    obstacles += [f"biased MLP ({key})" for key in biases if values[key]]
     obstacles += [key for key in ("quantization_config", "per_layer_config") if values.get(key)]
     if obstacles:
         raise ModelError(
@@ -73,25 +78,36 @@ def is_sparse(config: Any) -> bool:
 
 
 def mlp_ranks(config: Any) -> dict[str, int]:
-    """The rank of every MLP matrix that is held as factors; empty for a stock model."""
+    """The rank of every MLP matrix that is low-rank; empty for a stock model."""
     return dict(config_dict(config).get("mlp_ranks") or {})
 
 
-def shapes_from_config(config: Any) -> dict[str, tuple[int, int]]:
-    """Name and shape (m, n) of every MLP matrix in order; the dense shape where a student holds factors."""
+def mlp_form(config: Any) -> tuple[bool, bool]:
+    """Whether low-rank matrices are gauge-fixed instead of factors, and whether they have biases."""
     values = config_dict(config)
-    family = check_supported(values)
+    return values.get("mlp_storage") == "gauge", bool(values.get("mlp_bias"))
+
+
+def shapes_from_config(config: Any) -> dict[str, tuple[int, int]]:
+    """Name and shape (m, n) of every MLP matrix in order; the dense shape where a student holds it as low-rank."""
+    values = config_dict(config)
+    family, ranks = check_supported(values), mlp_ranks(values)
     hidden, inner, layers = _sizes(values, "hidden_size", "intermediate_size", "num_hidden_layers")
-    fused = {"gate_up_proj": (2 * inner, hidden)}
+    fused, down = {"gate_up_proj": (2 * inner, hidden)}, {"down_proj": (hidden, inner)}
     separate = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
-    matrices = {**(fused if family == "phi3" else separate), "down_proj": (hidden, inner)}
-    return {f"model.layers.{i}.mlp.{name}": shape for i in range(layers) for name, shape in matrices.items()}
+    shapes: dict[str, tuple[int, int]] = {}
+    for prefix in (f"model.layers.{i}.mlp." for i in range(layers)):
+        joint = family == "phi3" or f"{prefix}gate_up_proj" in ranks
+        shapes |= {prefix + name: shape for name, shape in ((fused if joint else separate) | down).items()}
+    return shapes
 
 
 def mlp_parameters(config: Any) -> int:
-    """Number of MLP parameters of this model, factors counted as factors."""
-    ranks, shapes = mlp_ranks(config), shapes_from_config(config)
-    return sum(ranks[name] * (m + n) if name in ranks else m * n for name, (m, n) in shapes.items())
+    """Number of MLP parameters of this model, low-rank matrices in the form they are held in."""
+    values = config_dict(config)
+    ranks, (gauge, bias) = mlp_ranks(values), mlp_form(values)
+    shapes = shapes_from_config(values)
+    return sum(cost.parameters(m, n, ranks.get(name), gauge, bias) for name, (m, n) in shapes.items())
 
 
 def total_parameters(config: Any) -> int:
@@ -121,11 +137,44 @@ def count_parameters(model: PreTrainedModel) -> int:
 
 
 def mlp_matrix(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """One MLP matrix W_mn in float64, multiplied out where the model holds factors."""
-    module: Any = model.get_submodule(name)
-    if name in mlp_ranks(model):
-        return module.B.weight.detach().double() @ module.A.weight.detach().double()
-    return module.weight.detach().double()
+    """One MLP matrix W_mn in float64, multiplied out where it is low-rank.
+
+    `gate_up_proj` is gate above up where these are two matrices, and `gate_proj` and `up_proj` are the halves where
+    they are one. Raises ModelError if the model has no such matrix.
+    """
+    from sparsekd_ray.model import low_rank
+
+    return _of_mlp(model, name, lambda module: low_rank.product(module.state_dict()))
+
+
+def mlp_bias(model: PreTrainedModel, name: str) -> torch.Tensor | None:
+    """The output bias [m] of one MLP matrix in float64, names as in `mlp_matrix`; None in a model without biases."""
+    import torch
+
+    if not mlp_form(model)[1]:
+        return None
+
+    def bias(module: Any) -> torch.Tensor:  # dense matrices have none
+        return torch.zeros(module.out_features) if module.bias is None else module.bias.detach()
+
+    return _of_mlp(model, name, lambda module: bias(module).double())
+
+
+def _of_mlp(model: PreTrainedModel, name: str, read: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """What `read` finds of a matrix in the module or modules that hold it."""
+    import torch
+
+    parent, _, leaf = name.rpartition(".")
+    pair = ("gate_proj", "up_proj")
+    modules = dict(model.named_modules())
+    held = dict(modules[parent].named_children()) if parent in modules and parent.endswith(".mlp") else {}
+    if leaf in held and leaf.endswith("_proj"):
+        return read(held[leaf])
+    if leaf == "gate_up_proj" and set(pair) <= set(held):
+        return torch.cat([read(held[part]) for part in pair])
+    if leaf in pair and "gate_up_proj" in held:
+        return read(held["gate_up_proj"]).chunk(2)[pair.index(leaf)]
+    raise ModelError(f"the model has no MLP matrix {name!r}; it has {', '.join(shapes_from_config(model))}")
 
 
 def tensors_on_disk(path: Path) -> dict[str, tuple[int, ...]]:
@@ -185,53 +234,93 @@ def load(
     Raises ModelError if the model is not supported, if a tensor is missing, left over, misshapen or
     unreadable, or if the number of parameters is not the one that the config implies.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
     values = config_dict(Path(path))
     check_supported(values)
     _, model_class = _classes()[values["model_type"]]
-    report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told to us, not only logged
-    try:
-        model, info = model_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, **report
-        )
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise ModelError(f"{path} does not load: {error}") from error
-    if wrong := {kind: sorted(map(str, found)) for kind, found in info.items() if found}:
-        raise ModelError(f"{path} does not hold the weights of its config: {wrong}")
-    if (found := count_parameters(model)) != (expected := total_parameters(values)):
-        raise ModelError(f"{path} has {found} parameters, but its config implies {expected}")
+    model = _checked(
+        model_class, str(path), path, values, dtype=dtype, use_safetensors=True, local_files_only=True
+    )
     if not is_sparse(values):
         vars(model.config).pop("auto_map", None)  # the repository's own code, neither run nor shipped by us
     return model.to(device)
 
 
-def rebuild(like: PreTrainedModel, ranks: Mapping[str, int] | None, state: dict[str, Any]) -> PreTrainedModel:
-    """A model of the same family with other MLP tensors: sparse with these ranks, or stock if None."""
-    family = check_supported(like)
-    config_class, model_class = _classes()[family if ranks is None else SPARSE + family]
+def _checked(model_class: Any, what: str, source: Any, values: Mapping[str, Any], **how: Any) -> Any:
+    """`from_pretrained` that takes no tensors but those of the config, all of them."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told to us, not only logged
+    try:
+        model, info = model_class.from_pretrained(source, **how, **report)
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        raise ModelError(f"{what} does not load: {error}") from error
+    if wrong := {kind: sorted(map(str, found)) for kind, found in info.items() if found}:
+        raise ModelError(f"{what} does not hold the weights of its config: {wrong}")
+    if (found := count_parameters(model)) != (expected := total_parameters(values)):
+        raise ModelError(f"{what} has {found} parameters, but its config implies {expected}")
+    return model
+
+
+def rebuild(
+    like: PreTrainedModel,
+    ranks: Mapping[str, int] | None,
+    state: dict[str, Any],
+    *,
+    gauge: bool | None = None,
+    bias: bool | None = None,
+) -> PreTrainedModel:
+    """A model of the same family with other MLP tensors: sparse with these ranks, or stock if None.
+
+    gauge, bias: form of the low-rank matrices (see `low_rank`); that of `like` unless told. Raises ModelError if
+    `state` lacks a tensor of such a model, holds another one, or a rank saves nothing.
+    """
+    family, (like_gauge, like_bias) = check_supported(like), mlp_form(like)
     values = {key: value for key, value in config_dict(like).items() if key not in OWN_FIELDS}
+    values["model_type"] = family
     if ranks is not None:
-        values["mlp_ranks"] = dict(ranks)
-        values["num_parameters_expected"] = total_parameters({**values, "model_type": family})
-        kinds = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
-        stem = f"{MODELLING_CODE}.Sparse{CLASS_STEMS[family]}"
-        values["auto_map"] = {auto: stem + kind for auto, kind in kinds.items()}
+        values |= {
+            "model_type": SPARSE + family,
+            "mlp_ranks": dict(ranks),
+            "mlp_storage": "gauge" if (like_gauge if gauge is None else gauge) else "factors",
+            "mlp_bias": like_bias if bias is None else bias,
+            "auto_map": _auto_map(family),
+        }
+        values["num_parameters_expected"] = total_parameters(values)
     if values.get("tie_word_embeddings"):
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-    config = config_class(**values)
-    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=like.dtype)
+    config_class, model_class = _classes()[values["model_type"]]
+    what = "the rebuilt model"
+    config = config_class(**{key: value for key, value in values.items() if key != "model_type"})
+    model = _checked(model_class, what, None, values, config=config, state_dict=state, dtype=like.dtype)
     model.generation_config = copy.deepcopy(like.generation_config)
     return model.to(like.device)
 
 
+def _auto_map(family: str) -> dict[str, str]:
+    """Where transformers' Auto classes find the shipped code; vLLM takes the base model from it."""
+    kinds = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    stem = f"{MODELLING_CODE}.Sparse{CLASS_STEMS[family]}"
+    return {auto: stem + kind for auto, kind in kinds.items()}
+
+
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock dense model with the same function: every B A is multiplied out in float64, then cast."""
-    state = dict(model.state_dict())
-    for name in mlp_ranks(model):
-        del state[f"{name}.A.weight"], state[f"{name}.B.weight"]
-        state[f"{name}.weight"] = mlp_matrix(model, name).to(model.dtype)
+    """The stock dense model with the same function: low-rank matrices multiplied out in float64, then cast.
+
+    Raises ModelError if they have biases, which stock models cannot hold.
+    """
+    if mlp_form(model)[1]:
+        raise ModelError(
+            "the student's MLP matrices have biases (mlp_bias), and stock Phi-3 and Qwen3 MLPs have none: use the "
+            "low-rank model, or prune with prune.bias off"
+        )
+    ranks, state = mlp_ranks(model), dict(model.state_dict())
+    below = tuple(f"{name}." for name in ranks)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(below)}
+    stock = {**config_dict(model), "model_type": check_supported(model), "mlp_ranks": {}}
+    for name in shapes_from_config(stock):
+        if f"{name}.weight" not in state:
+            state[f"{name}.weight"] = mlp_matrix(model, name).to(model.dtype)
     return rebuild(model, None, state)
 
 

@@ -1,13 +1,14 @@
 """The export stage: a student as directories that stock tools load, each proved by loading it as users do.
 
-`low-rank/` holds the factors and `modeling_sparsekd.py`, which transformers runs with trust_remote_code=True;
-`merged/` holds the same function as a stock dense model, larger but loaded anywhere without code. Both carry
-the tokenizer and a model card whose usage snippet runs as printed from inside the directory.
+A low-rank student gives two: `low-rank/` with `modeling_sparsekd.py`, which transformers runs with
+trust_remote_code=True, and `merged/`, the same function as a stock dense model, larger but loaded anywhere without
+code. A student of stock architecture (narrower, shallower or masked) is one already: `stock/`. Each carries the
+tokenizer and a model card whose usage snippet runs as printed from inside the directory.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -18,6 +19,36 @@ from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import checkpoint
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
+
+Form = Literal["low-rank", "merged", "stock"]
+NOT_MERGED = "its MLP matrices have biases, which stock Phi-3 and Qwen3 cannot hold"
+MASKS = ("wanda", "magnitude")
+METHODS = {  # what the student is, where its architecture does not say it, and how it was made
+    "svd": ("Low-rank", "Pruned by truncated singular value decomposition of its MLP matrices"),
+    "svd-whitened": (
+        "Low-rank",
+        "Pruned by singular value decomposition of its MLP matrices in the metric of their inputs on calibration text",
+    ),
+    "neurons": (
+        "Narrower",
+        "Pruned by removing the MLP neurons of least leverage on calibration text, as many in every layer, and "
+        "refitting the others by least squares (after MoDeGPT)",
+    ),
+    "sdm": (
+        "Narrower",
+        "Pruned by removing the MLP neurons that matter least to cross-entropy and self-distillation loss (SDMPrune), "
+        "as many in every layer, and refitting the others by least squares",
+    ),
+    "depth": (
+        "Shallower",
+        "Pruned by removing whole layers, those that change the hidden state least on calibration text",
+    ),
+    "wanda": (
+        "Masked",
+        "Pruned by zeros in the MLP matrices: in every row, where weight times norm of its input is smallest (Wanda)",
+    ),
+    "magnitude": ("Masked", "Pruned by zeros in the MLP matrices, in place of the smallest weights"),
+}
 
 USAGE = """## Usage
 
@@ -37,21 +68,26 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 def export(
     source: Path, out: Path, *, card_facts: Mapping[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Write and prove `out/low-rank/` and `out/merged/` from a sparse model directory.
+    """Write and prove `out/low-rank/` and `out/merged/`, or `out/stock/`, from a student's directory.
 
-    card_facts: see `model_card`. Returns parameters and the largest relative difference of logits of each.
-    Raises ModelError if the source is not low-rank or a directory does not load as its card says.
+    card_facts: see `model_card`. Returns parameters and the largest relative difference of logits of each; of a
+    low-rank student with biases, which no stock model can hold, the reason in place of `merged`'s figures.
+    Raises ModelError if a directory does not load as its card says.
     """
-    if not checkpoint.is_sparse(source):
-        raise ModelError(f"{source} is a stock model already: there is nothing to merge, use it as it is")
     model = checkpoint.load(source, dtype="auto")
-    merged = checkpoint.merge(model)
+    low_rank, biased = checkpoint.is_sparse(model), checkpoint.mlp_form(model)[1]
+    variants: dict[Form, PreTrainedModel] = {"low-rank" if low_rank else "stock": model}
     metrics: dict[str, Any] = {}
-    for name, variant in (("low-rank", model), ("merged", merged)):
-        facts = {**card_facts, "parameters": checkpoint.count_parameters(variant)}
-        checkpoint.save(variant, source, out / name, model_card(facts, low_rank=variant is model))
-        metrics[name] = found = _prove(model, variant, out / name)
-        say(f"{name}: {found['params']} parameters, logits off by {found['logits_difference']:.0e}")
+    if biased:
+        metrics["merged"] = {"absent": NOT_MERGED}
+        say(f"merged: none, because {NOT_MERGED}")
+    elif low_rank:
+        variants["merged"] = checkpoint.merge(model)
+    for form, variant in variants.items():
+        facts = {**card_facts, "parameters": checkpoint.count_parameters(variant), "biased": biased}
+        checkpoint.save(variant, source, out / form, model_card(facts, form))
+        metrics[form] = found = _prove(model, variant, out / form)
+        say(f"{form}: {found['params']} parameters, logits off by {found['logits_difference']:.0e}")
     return metrics
 
 
@@ -76,33 +112,49 @@ def _prove(model: PreTrainedModel, variant: PreTrainedModel, path: Path) -> dict
     return {"params": params, "logits_difference": difference}
 
 
-def model_card(facts: Mapping[str, Any], low_rank: bool) -> str:
+def model_card(facts: Mapping[str, Any], form: Form) -> str:
     """README.md of an exported directory: YAML front matter and Markdown.
 
-    facts: `parameters` and `sparsity` (share of the dense model's MLP parameters that is gone); optional
-    `base_model` (name or hub id), `license`, `perplexity` and `dense_perplexity` (as
-    `evaluate.perplexity.evaluate` returns them).
+    facts: `parameters` and `sparsity` (share of the dense model's MLP parameters that is gone, or zero); optional
+    `method` (of pruning, a key of `METHODS`), `biased` (low-rank matrices with biases), `base_model` (name or hub
+    id), `license`, `perplexity` and `dense_perplexity` (as `evaluate.perplexity.evaluate` returns them).
+    Raises ModelError for a method that is not known.
     """
-    tags = ["sparsekd-ray", "knowledge-distillation", "pruning", "low-rank" if low_rank else "merged"]
+    method = facts.get("method")
+    if method is not None and method not in METHODS:
+        raise ModelError(f"card facts name the method {method!r}; known are {', '.join(METHODS)}")
+    tags = ["sparsekd-ray", "knowledge-distillation", "pruning", *([method] if method else []), form]
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     front |= {key: facts[key] for key in ("base_model", "license") if facts.get(key)}
     origin = f" of {facts['base_model']}" if facts.get("base_model") else ""
-    gone = f"{facts['sparsity']:.1%} of the dense model's MLP parameters"
-    if low_rank:
-        held = f"Its MLP matrices are products of two thin ones, so that {gone} are gone; "
-        held += f"`{checkpoint.MODELLING_CODE}.py` beside the weights is the architecture."
-    else:
-        held = f"The student is low-rank, without {gone}; here its products are multiplied out, which gives "
-        held += "the same function as a stock model, of the dense model's size and speed."
+    kind, made = METHODS[method] if method else ("Stock", "Pruned by sparsekd-ray")
+    title = kind if form == "stock" else form.capitalize()
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {'Low-rank' if low_rank else 'Merged'} student{origin}",
-        f"Pruned by truncated SVD, then trained to recover by self-distillation (SparseKD). {held}",
+        f"# {title} student{origin}",
+        f"{made}, then trained to recover by self-distillation (SparseKD). {_what_it_holds(facts, form)}",
         f"Parameters: {facts['parameters']:,}, tied embeddings counted once.",
         _perplexity_table(facts.get("perplexity"), facts.get("dense_perplexity")),
-        USAGE.format(code=", trust_remote_code=True" if low_rank else ""),
+        USAGE.format(code=", trust_remote_code=True" if form == "low-rank" else ""),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _what_it_holds(facts: Mapping[str, Any], form: Form) -> str:
+    """How the sparsity shows in this directory, and what it is good for."""
+    share = f"{facts['sparsity']:.1%} of the dense model's MLP parameters"
+    if form == "low-rank":
+        held = f"Its MLP matrices are products of two thin ones, so that {share} are gone; "
+        held += f"`{checkpoint.MODELLING_CODE}.py` beside the weights is the architecture."
+        return f"{held} There is no merged form, because {NOT_MERGED}." if facts.get("biased") else held
+    if form == "merged":
+        held = f"The student is low-rank, without {share}; here its products are multiplied out, which gives "
+        return held + "the same function as a stock model, of the dense model's size and speed."
+    if facts.get("method") in MASKS:
+        return f"{share} are zeros, in a stock model of the dense model's size: no stock runtime is faster for it."
+    return (
+        f"{share} are gone; what is left is a smaller model of the stock architecture, which needs no code."
+    )
 
 
 def _perplexity_table(figures: Mapping[str, Any] | None, dense: Mapping[str, Any] | None) -> str:
