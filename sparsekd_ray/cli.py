@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsekd_ray.config import Config, load
 from sparsekd_ray.errors import ConfigError
@@ -19,22 +20,44 @@ from sparsekd_ray.errors import ConfigError
 DEFAULT = Path(__file__).parent.parent / "jobs" / "configs" / "laptop.yaml"
 
 
-def parse(description: str, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """The configuration, and the options that are none of it: `config` and `dry_run`."""
+def parse(
+    description: str,
+    argv: Sequence[str],
+    more: Callable[[argparse.ArgumentParser], None] = lambda options: None,
+) -> tuple[Config, argparse.Namespace]:
+    """The configuration, and the options that are none of it: `config`, `dry_run` and those that `more` adds."""
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")
     import tyro
 
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--config", type=Path, default=DEFAULT)
     options.add_argument("--dry-run", action="store_true")
+    more(options)
     ours, overrides = options.parse_known_args(argv)
     usage = (
         f"{description}\n\n--config FILE   settings that differ from the defaults (now {ours.config})\n"
-        "--dry-run       print the plan, with what is done and what will run, and stop"
+        "--dry-run       print what would be done, and stop"
     )
     default = load(ours.config)
     plain = (tyro.conf.AvoidSubcommands,)
     return tyro.cli(Config, description=usage, default=default, args=overrides, config=plain), ours
+
+
+def table(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows as columns; a value that a row lacks or that is None as –."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    shown = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in shown)) for i, name in enumerate(names)]
+    for line in [names, *shown]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return (
+        f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    )
 
 
 def fail(error: Exception) -> int:

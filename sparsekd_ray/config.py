@@ -1,6 +1,6 @@
 """The whole settings tree: what a run computes (identity) and, apart from it, where and how it runs (execution).
 
-Everything outside `Execution` changes the numbers and is fingerprinted, stage by stage, in `cascade/plan.py`;
+Everything outside `Execution` changes the numbers and is fingerprinted, stage by stage, in `cascade/steps.py`;
 nothing inside `Execution` ever is. A YAML file under `jobs/configs/` holds only what differs from the defaults
 written here; dotted options on the command line come last: defaults < YAML < `--distill.lr 3e-4`.
 """
@@ -187,13 +187,13 @@ class Prune(Settings):
     align: Positive = 1
     """Ranks and widths are multiples of this (64 on GPUs; 1 where the model is too small for it)."""
     storage: Literal["factors", "gauge"] = "factors"
-    """Of a low-rank matrix: two factors, or the smaller pivoted form (r (m + n − r) parameters instead of r (m + n))."""
+    """Of a low-rank matrix: two factors, or the smaller pivoted form: r (m + n − r) parameters, not r (m + n)."""
     bias: bool = False
     """Whitened SVD: add the mean output that the factors miss, one bias per matrix."""
     drop: Literal["block", "influence"] = "block"
     """depth: the consecutive layers that turn the residual stream least, or the single layers of least influence."""
     alpha: float = Field(0.4, ge=0, le=1)
-    """sdm: weight of self-distillation beside cross-entropy in the second phase (SDMPrune: 0.4 at 20 %, 0.1 at 40 %)."""
+    """sdm: weight of self-distillation in the second phase, beside cross-entropy (SDMPrune: 0.4 at 20 %)."""
     temperature: float = Field(0.5, gt=0, le=1)
     """sdm: the teacher's temperature, one that the cache holds."""
 
@@ -233,8 +233,27 @@ class Round(Settings):
     """Learning rate of this round, where it differs from `distill.lr`."""
 
 
+class Beside(Settings):
+    """A student by another method, to stand beside the rounds: the dense model pruned once and distilled once."""
+
+    method: Method
+    sparsity: Fraction
+    allocation: Allocation = "optimal"
+    teacher: Literal["dense", "dense+kd"] = "dense"
+    lr: float | None = Field(None, gt=0)
+    """Learning rate, where it differs from `distill.lr`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training samples, where they differ from `distill.epochs`."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} {100 * self.sparsity:g}%"
+
+
 class Cascade(Settings):
     rounds: tuple[Round, ...] = (Round(sparsity=0.15), Round(sparsity=0.35), Round(sparsity=0.65))
+    beside: tuple[Beside, ...] = ()
+    """Students by other methods, for comparison."""
     controls: tuple[Control, ...] = ("dense+kd", "ce-only", "kl-only")
     """Trained from the unpruned model with the same data, steps and learning rate, to tell where a gain comes from."""
     seeds: tuple[int, ...] = Field((42,), min_length=1)
@@ -245,8 +264,12 @@ class Cascade(Settings):
         sizes = [r.sparsity for r in self.rounds]
         if sizes != sorted(set(sizes)):
             raise ValueError(f"cascade.rounds must remove more and more, found sparsities {sizes}")
-        if any(r.teacher == "dense+kd" for r in self.rounds) and "dense+kd" not in self.controls:
-            raise ValueError("a round has the teacher dense+kd: keep dense+kd in cascade.controls")
+        teachers = {r.teacher for r in self.rounds} | {branch.teacher for branch in self.beside}
+        if "dense+kd" in teachers and "dense+kd" not in self.controls:
+            raise ValueError("a student has the teacher dense+kd: keep dense+kd in cascade.controls")
+        titles = [branch.title for branch in self.beside]
+        if len(set(titles)) != len(titles):
+            raise ValueError(f"cascade.beside repeats a method at one sparsity: {titles}")
         return self
 
 
@@ -314,6 +337,16 @@ class Config(Settings):
             raise ValueError(
                 f"distill.temperature is {self.distill.temperature}, but the cache will hold only {stored}: add it to "
                 "teacher.temperatures"
+            )
+        methods = {self.prune.method, *(branch.method for branch in self.cascade.beside)}
+        if "sdm" in methods and self.prune.temperature not in stored:
+            raise ValueError(
+                f"sdm reads the teacher at prune.temperature {self.prune.temperature}, but the cache will hold only "
+                f"{stored}: add it to teacher.temperatures"
+            )
+        if self.prune.bias and self.prune.method != "svd-whitened":
+            raise ValueError(
+                f"prune.bias is what svd-whitened adds for a mean that it measured; {self.prune.method} has none"
             )
         if self.corpus.samples < self.distill.batch:
             raise ValueError(

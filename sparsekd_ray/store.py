@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import re
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -148,6 +149,17 @@ class Store(Files):
         self.upload(f"{ref.key}/{relative}")
         self.write_text(promise, json.dumps(fact))
         return fact
+
+    @contextmanager
+    def publishing(self, ref: Ref, relative: str) -> Iterator[Path]:
+        """A temporary path for a stage to write a file at; once written, the published file ``relative``."""
+        with self.building(ref) as folder:
+            path = folder / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            passing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # whole or not at all
+            yield passing
+            passing.replace(path)
+            self.publish(ref, relative)
 
     def pull(self, ref: Ref, relative: str) -> Path | None:
         """A published file of an unfinished artifact, verified, in ``workdir``; None if never finished."""

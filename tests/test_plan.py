@@ -7,7 +7,8 @@ import pytest
 from sparsekd_ray.cascade import console, job
 from sparsekd_ray.cascade.driver import next_batch
 from sparsekd_ray.cascade.estimate import parameters
-from sparsekd_ray.cascade.plan import fingerprint, plan
+from sparsekd_ray.cascade.plan import plan
+from sparsekd_ray.cascade.steps import fingerprint
 from sparsekd_ray.config import Config, Shape, load, parse
 from sparsekd_ray.errors import ConfigError
 

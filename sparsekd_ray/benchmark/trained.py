@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from sparsekd_ray import corpus
 from sparsekd_ray.cascade import job
-from sparsekd_ray.cascade.plan import Step
+from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.cli import DEFAULT
 from sparsekd_ray.config import load
 from sparsekd_ray.errors import ConfigError

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsekd_ray.cascade import estimate
-from sparsekd_ray.cascade.plan import Step
+from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
 from sparsekd_ray.store import Store
 
@@ -40,13 +40,16 @@ def figure(kind: str, record: dict[str, Any]) -> str:
         case "cache":
             stored = sum(file["size"] for file in record["files"].values())
             return f"{metrics['tokens']:,} tokens, {stored / metrics['tokens']:.0f} B/token"
+        case "statistics":
+            return f"{metrics['layers']} layers, {metrics['tokens']:,} tokens"
         case "prune":
             return f"−{100 * metrics['sparsity']:.2f} % of MLP, {metrics['params']:,} parameters"
         case "distill":
             return f"validation PPL {metrics['valid_ppl']:.2f} ({metrics['stopped']})"
         case "evaluate":
             return f"PPL {metrics['sliding']['ppl']:.2f}"
-    return f"{metrics['low-rank']['params']:,} parameters; low-rank and merged"
+    forms = [name for name, found in metrics.items() if isinstance(found, dict)]
+    return f"{metrics[forms[0]]['params']:,} parameters; {' and '.join(forms)}"
 
 
 def plan_text(config: Config, steps: list[Step], records: Records) -> str:

@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -21,8 +21,9 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sparsekd_ray.cascade import console, stages
-from sparsekd_ray.cascade.plan import Step
+from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config, Execution
+from sparsekd_ray.each import Each, here, threads_for
 from sparsekd_ray.errors import SparseKDError
 from sparsekd_ray.store import Ref, Store
 
@@ -49,7 +50,32 @@ def _run_stage(step: Step, parents: dict[str, Ref], store: Store, execution: Exe
     import torch
 
     torch.set_num_threads(execution.threads)
-    stages.run(step, parents, store, execution.gpus, lines)
+    stages.run(step, parents, store, execution, spread(execution), lines)
+
+
+@ray.remote
+def _piece(function: Callable[..., Any], arguments: tuple[Any, ...], pieces: int, threads: int) -> Any:
+    with threads_for(pieces, threads):
+        return function(*arguments)
+
+
+def spread(execution: Execution) -> Each:
+    """A stage's pieces as Ray tasks: on a GPU each where the run has them, on a core each otherwise."""
+
+    def each(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        cpus = 1 if len(pieces) > 1 else execution.threads
+        resources = {"num_cpus": 0, "num_gpus": 1} if execution.gpus else {"num_cpus": cpus}
+        task = _piece.options(max_retries=execution.max_failures, **resources)
+        waiting = {
+            task.remote(function, arguments, len(pieces), execution.threads): index
+            for index, arguments in enumerate(pieces)
+        }
+        while waiting:
+            (done,), _ = ray.wait(list(waiting))
+            index, ref = waiting.pop(done), done
+            yield index, unwrapped(lambda ref=ref: ray.get(ref))  # type: ignore[misc]
+
+    return each
 
 
 def run(config: Config, steps: list[Step], store: Store, say: Say, still_ours: Callable[[], None]) -> None:
@@ -109,6 +135,8 @@ def _make(batch: list[Step], steps: list[Step], config: Config, store: Store, sa
         _capture(step, parents, config, store, say)
     else:
         resources = {"num_cpus": config.execution.threads, "num_gpus": int(config.execution.gpus)}
+        if step.kind in stages.IN_PIECES:  # whose pieces take what they need
+            resources = {"num_cpus": 0, "num_gpus": 0}
         task = _run_stage.options(**resources).remote(step, parents, store, config.execution, lines)
         unwrapped(lambda: ray.get(task))
     say(console.ends(step, store))
@@ -174,7 +202,7 @@ def _alone(step: Step, steps: list[Step], store: Store, config: Config, lines: L
     parents = {role: refs[name] for role, name in step.inputs.items()}
     before = torch.get_num_threads()
     torch.set_num_threads(config.execution.threads)
-    stages.run(step, parents, store, config.execution.gpus, lines)
+    stages.run(step, parents, store, config.execution, here, lines)  # Ray's cores are this group's own
     torch.set_num_threads(before)
 
 

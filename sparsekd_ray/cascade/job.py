@@ -21,7 +21,8 @@ import yaml
 
 from sparsekd_ray import corpus
 from sparsekd_ray.cascade import console
-from sparsekd_ray.cascade.plan import Step, plan
+from sparsekd_ray.cascade.plan import plan
+from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import source
@@ -34,7 +35,7 @@ Say = Callable[[str], None]
 def main(config: Config, command: str, dry_run: bool, say: Say) -> None:
     """Runs the cascade, or with `dry_run` only prints what it would do."""
     started = time.monotonic()
-    store = Store(_store_root(config), config.execution.scratch)
+    store = open_store(config)
     steps = preflight(config)
     if not dry_run:
         store.check()
@@ -110,8 +111,9 @@ def report(
     say(f"\nreport   {store.root}/{folder}/report.html")
     exports = [step for step in steps if step.kind == "export"]
     if exports:
-        say(f"model    {store.root}/{exports[-1].ref.key}/low-rank")
-        say(f"load it  {_load_command(store, exports[-1])}")
+        last = exports[-1]
+        say(f"model    {store.root}/{last.ref.key}/{exported(records[last.name])}")
+        say(f"load it  {load_command(store, last, records[last.name])}")
 
 
 def _reported(summary: str | None) -> list[str] | None:
@@ -127,7 +129,7 @@ def _render(
 
     run = facts | {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commands": _commands(config, steps, store, facts["command"]),
+        "commands": _commands(steps, records, store, facts["command"]),
         "versions": {name: version(name) for name in ("torch", "transformers", "ray", "deepspeed", "pyarrow")}
         | {"python": platform.python_version()},
         "hardware": _hardware(config),
@@ -151,16 +153,28 @@ def metrics_jsonl(steps: list[Step], records: dict[str, dict[str, Any]]) -> str:
     return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
 
 
-def _commands(config: Config, steps: list[Step], store: Store, command: str) -> list[dict[str, str]]:
+def _commands(
+    steps: list[Step], records: dict[str, dict[str, Any]], store: Store, command: str
+) -> list[dict[str, str]]:
     exports = [step for step in steps if step.kind == "export"]
     found = [{"what": "this run, and resuming it", "command": command}]
-    return found + [{"what": f"load: {step.name}", "command": _load_command(store, step)} for step in exports]
+    return found + [
+        {"what": f"load: {step.name}", "command": load_command(store, step, records[step.name])}
+        for step in exports
+    ]
 
 
-def _load_command(store: Store, step: Step) -> str:
+def exported(record: dict[str, Any]) -> str:
+    """The smaller of an export's directories: the factors, or the stock model where that is what was pruned."""
+    return "low-rank" if "low-rank" in record["metrics"] else "stock"
+
+
+def load_command(store: Store, step: Step, record: dict[str, Any]) -> str:
+    """Loads an export's smaller directory, from wherever it is, as a user would."""
+    folder = f"{store.root}/{step.ref.key}/{exported(record)}"
     if store.remote:
-        return f"aws s3 cp --recursive {store.root}/{step.ref.key}/low-rank student && {_python('student')}"
-    return _python(f"{store.root}/{step.ref.key}/low-rank")
+        return f"aws s3 cp --recursive {folder} student && {_python('student')}"
+    return _python(folder)
 
 
 def _python(path: str) -> str:
@@ -179,8 +193,8 @@ def _hardware(config: Config) -> str:
     return f"{cpus} {machine} CPU cores; {execution.workers} workers; fp32, because bf16 is far slower on most CPUs"
 
 
-def _store_root(config: Config) -> str:
-    """Refuses a relative path in a submitted job, whose working directory is a temporary copy."""
+def open_store(config: Config) -> Store:
+    """The run's store; refuses a relative path in a submitted job, whose working directory is a temporary copy."""
     root = config.execution.store
     local = "://" not in root and not root.startswith(("/", "~"))
     if (
@@ -188,10 +202,10 @@ def _store_root(config: Config) -> str:
         and os.environ.get("RAY_JOB_ID") is None
         and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") is None
     ):
-        return str(Path(root).absolute())
+        root, local = str(Path(root).absolute()), False
     if local:
         raise ConfigError(
             f"execution.store is {root!r}, relative to the temporary directory of a submitted job: give an absolute "
             "path that every node sees, or s3://bucket/prefix"
         )
-    return root
+    return Store(root, config.execution.scratch)

@@ -10,20 +10,31 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparsekd_ray.cascade.plan import Step
+from sparsekd_ray.cascade.steps import Step
+from sparsekd_ray.config import Execution
+from sparsekd_ray.each import Each
 from sparsekd_ray.kept import Kept
 from sparsekd_ray.store import Ref, Store
 
+if TYPE_CHECKING:
+    from sparsekd_ray.prune.task import Task
+
 Say = Callable[[str], None]
+IN_PIECES = ("statistics", "prune")  # kinds of step whose work is in independent pieces
 
 
-def run(step: Step, parents: dict[str, Ref], store: Store, gpu: bool, say: Say) -> None:
-    """Makes the artifact of `step`; `parents` maps its roles to the artifacts they name."""
+def run(
+    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: Each, say: Say
+) -> None:
+    """Makes the artifact of `step`; `parents` maps its roles to the artifacts they name; `each` runs its pieces."""
     started = time.monotonic()
     with store.building(step.ref) as out:
-        metrics = _stage(step, parents, out, store, gpu, say)
+        if step.kind in IN_PIECES:
+            metrics = _in_pieces(step, parents, store, execution, each, say)
+        else:
+            metrics = _stage(step, parents, out, store, execution.gpus, say)
     store.commit(
         step.ref,
         identity=step.identity,
@@ -60,20 +71,6 @@ def _stage(
             from sparsekd_ray.model import source
 
             return source.adopt(step.settings, out, say)
-        case "prune":
-            from sparsekd_ray.prune.apply import prune
-
-            sparsity, align, allocation = step.settings
-            dense = _metrics(store, parents["dense"])["mlp_params"]
-            return prune(
-                inputs["model"],
-                out,
-                sparsity=sparsity,
-                align=align,
-                allocation=allocation,
-                dense_mlp_params=dense,
-                say=say,
-            )
         case "evaluate":
             return _evaluate(step, inputs, out, gpu, say)
         case "export":
@@ -81,6 +78,42 @@ def _stage(
 
             return export(inputs["model"], out, card_facts=_card_facts(step, inputs), say=say)
     raise AssertionError(f"no stage makes a {step.kind}")
+
+
+def _in_pieces(
+    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: Each, say: Say
+) -> dict[str, Any]:
+    run: dict[str, Any] = {"store": store, "gpu": execution.gpus, "each": each, "say": say}
+    if step.kind == "statistics":
+        from sparsekd_ray.prune.calibrate import calibrate
+
+        groups = execution.actors
+        return calibrate(
+            parents["model"], parents["texts"], step.ref, settings=step.settings, groups=groups, **run
+        )
+    from sparsekd_ray.prune.apply import prune
+
+    return prune(prune_task(step, parents, store, execution.gpus), each, say)
+
+
+def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> Task:
+    """What a step of kind prune is asked to do."""
+    from sparsekd_ray.prune.task import Task
+
+    sparsity, settings, calibration = step.settings
+    return Task(
+        store=store,
+        model=parents["model"],
+        out=step.ref,
+        settings=settings,
+        sparsity=sparsity,
+        dense_mlp_params=_metrics(store, parents["dense"])["mlp_params"],
+        calibrate=calibration,
+        statistics=parents.get("statistics"),
+        texts=parents.get("texts"),
+        cache=parents.get("cache"),
+        gpu=gpu,
+    )
 
 
 def _evaluate(step: Step, inputs: dict[str, Path], out: Path, gpu: bool, say: Say) -> dict[str, Any]:
@@ -107,4 +140,9 @@ def _metrics(store: Store, ref: Ref) -> dict[str, Any]:
 def _card_facts(step: Step, inputs: dict[str, Path]) -> dict[str, Any]:
     figures = json.loads((inputs["figures"] / "perplexity.json").read_text())
     dense = json.loads((inputs["dense"] / "perplexity.json").read_text())
-    return {"sparsity": step.identity["sparsity"], "perplexity": figures, "dense_perplexity": dense}
+    return {
+        "sparsity": step.identity["sparsity"],
+        "method": step.identity["method"],
+        "perplexity": figures,
+        "dense_perplexity": dense,
+    }

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsekd_ray.distill.schedule import SHARDS_IN_WINDOW
+from sparsekd_ray.errors import ModelError
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.signal import Target, joined
@@ -36,6 +37,18 @@ class SampleReader:
             return shards.read(store.fetch(cache, [name]) / name, self.manifest, temperature)
 
         self._shard = shard
+
+    def targets(self, samples: list[str]) -> list[Target]:
+        """The teacher at every position of these samples, in their order. ModelError if one is not in the cache."""
+        found: dict[str, Target] = {}
+        for index in range(len(self.shard_rows)):
+            rows = self._shard(index)
+            found |= {
+                name: rows.part(row) for row, name in enumerate(rows.sample_ids) if name in set(samples)
+            }
+        if missing := [name for name in samples if name not in found]:
+            raise ModelError(f"the cache holds no sample {missing[0]}: capture it from the corpus that does")
+        return [found[name] for name in samples]
 
     def batch(self, samples: list[tuple[int, int]], device: Any) -> Batch:
         """The samples as one batch on `device`."""

@@ -1,103 +1,104 @@
-"""The prune stage: a dense or already low-rank model directory in, a smaller low-rank one out.
+"""The prune stage: a model directory in, a smaller one out, by the method that the settings name.
 
-Every MLP matrix is decomposed, the allocation gives each its rank under one exact budget, and the factors
-take the matrix's place. Sparsity is always the share of the original dense model's MLP parameters that is
-gone, so a later round of the cascade states the same quantity as the first. The counts returned are those
-of the files on disk.
+Sparsity is always the share of the original dense model's MLP parameters that is gone, so a later round of a cascade
+states the same quantity as the first. The counts returned are those of the files on disk; of masks, of what is not
+zero in them.
 """
+
+from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel
+from safetensors import safe_open
 
+from sparsekd_ray.each import Each
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import checkpoint
-from sparsekd_ray.prune import allocate, svd
+from sparsekd_ray.prune import factorise, widths
+from sparsekd_ray.prune.task import Task
 
-Allocation = Literal["tiered", "uniform"]
+Say = Callable[[str], None]
+
+CARDS = {
+    "svd": "Low-rank student by truncated SVD",
+    "svd-whitened": "Low-rank student by SVD in the metric of its activations",
+    "neurons": "Narrower student: neurons of least leverage removed, the rest refitted",
+    "sdm": "Narrower student: neurons of least SDMPrune importance removed, the rest refitted",
+    "depth": "Shallower student: layers removed",
+    "wanda": "Masked student: weights zeroed by Wanda's score",
+    "magnitude": "Masked student: smallest weights zeroed",
+}
 
 
-def prune(
-    source: Path,
-    out: Path,
-    *,
-    sparsity: float,
-    align: int,
-    allocation: Allocation = "tiered",
-    dense_mlp_params: int,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Prune `source` to the given sparsity into `out`; factors keep the source's number type.
+def prune(task: Task, each: Each, say: Say) -> dict[str, Any]:
+    """Fills `task.out`'s working directory with the pruned model; returns counts on disk, method and seconds.
 
-    sparsity: share of `dense_mlp_params` absent afterwards; align: ranks are multiples of it. Returns the
-    counts on disk, the ranks (null: dense) and the seconds. Raises ConfigError if the budget cannot be met,
-    ModelError if the model is not supported or holds a value that is not finite.
+    Raises ConfigError if the budget cannot be met, ModelError if the model is not supported, holds a value that is
+    not finite, or is of a form that the method does not cut.
     """
-    start = time.perf_counter()
-    model = checkpoint.load(source, dtype="auto")
-    check_finite(model)
-    ranks = choose_ranks(model, sparsity, align, allocation, dense_mlp_params, say)
-    student = factorise(model, ranks, say)
-    card = f"Low-rank student: {sparsity:.1%} of MLP parameters removed by {allocation} SVD, before any recovery.\n"
-    checkpoint.save(student, source, out, card)
+    start, method = time.perf_counter(), task.settings.method
+    _check_form(task)
+    make = {
+        "svd": factorise.student,
+        "svd-whitened": factorise.student,
+        "neurons": widths.by_leverage,
+        "sdm": widths.by_gradients,
+        "depth": widths.shallower,
+        "wanda": widths.masked,
+        "magnitude": widths.masked,
+    }[method]
+    student, facts = make(task, each, say)
+    card = f"{CARDS[method]}: {task.sparsity:.1%} of MLP parameters, before any recovery.\n"
+    out = task.store.workdir(task.out)
+    checkpoint.save(student, task.folder(), out, card)
+    return counts(out, task) | facts | {"seconds": time.perf_counter() - start}
+
+
+def counts(out: Path, task: Task) -> dict[str, Any]:
+    """Parameters of a finished directory against what was asked for."""
     sizes = {name: math.prod(shape) for name, shape in checkpoint.tensors_on_disk(out).items()}
-    mlp_params = sum(size for name, size in sizes.items() if ".mlp." in name)
+    order = sum(
+        size for name, size in sizes.items() if name.endswith(".order")
+    )  # a permutation, no parameters
+    mlp_params = sum(size for name, size in sizes.items() if ".mlp." in name) - order - _zeros(out)
     return {
-        "params": sum(sizes.values()),
+        "method": task.settings.method,
+        "params": sum(sizes.values()) - order,
         "mlp_params": mlp_params,
-        "dense_mlp_params": dense_mlp_params,
-        "sparsity_requested": sparsity,
-        "sparsity": 1 - mlp_params / dense_mlp_params,
-        "align": align,
-        "ranks": ranks,
-        "seconds": time.perf_counter() - start,
+        "dense_mlp_params": task.dense_mlp_params,
+        "sparsity_requested": task.sparsity,
+        "sparsity": 1 - mlp_params / task.dense_mlp_params,
     }
 
 
-def check_finite(model: PreTrainedModel) -> None:
-    """Raise ModelError, naming the tensor, if a weight is NaN or infinite."""
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise ModelError(f"{name} holds NaN or infinity: the file is damaged or the training diverged")
+def _zeros(out: Path) -> int:
+    """Masked entries of the MLP; none in a model without a mask."""
+    if not checkpoint.config_dict(out).get("mlp_mask"):
+        return 0
+    total = 0
+    for path in sorted(out.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            keys = [key for key in file.keys() if ".mlp." in key]  # noqa: SIM118, a file is no mapping
+            total += sum(int((file.get_tensor(key) == 0).sum()) for key in keys)
+    return total
 
 
-def choose_ranks(
-    model: PreTrainedModel,
-    sparsity: float,
-    align: int,
-    allocation: Allocation,
-    dense_mlp_params: int,
-    say: Callable[[str], None],
-) -> dict[str, int | None]:
-    """The rank of every MLP matrix (None: dense) by the rule named, from the spectra of what it is now."""
-    shapes, held = checkpoint.shapes_from_config(model), checkpoint.mlp_ranks(model)
-    spectra = {}
-    for i, name in enumerate(shapes, 1):
-        spectra[name] = svd.singular_values(checkpoint.mlp_matrix(model, name))[: held.get(name)].numpy()
-        say(f"spectrum {i}/{len(shapes)} {name}")
-    if allocation == "uniform":
-        return allocate.uniform(spectra, shapes, sparsity, align, dense_mlp_params)
-    return allocate.tiered(
-        spectra, shapes, sparsity, align, dense_mlp_params, allocate.protected_names(shapes)
-    )
-
-
-def factorise(
-    model: PreTrainedModel, ranks: dict[str, int | None], say: Callable[[str], None]
-) -> PreTrainedModel:
-    """The sparse model whose named MLP matrices have these ranks; None leaves a matrix as it is."""
-    state = dict(model.state_dict())
-    kept = checkpoint.mlp_ranks(model)
-    changed = {name: rank for name, rank in ranks.items() if rank is not None and rank != kept.get(name)}
-    for i, (name, rank) in enumerate(changed.items(), 1):
-        B_mr, A_rn = svd.truncated_factors(checkpoint.mlp_matrix(model, name), rank)
-        for held in ("weight", "A.weight", "B.weight"):
-            state.pop(f"{name}.{held}", None)
-        state |= {f"{name}.A.weight": A_rn.to(model.dtype), f"{name}.B.weight": B_mr.to(model.dtype)}
-        say(f"factors {i}/{len(changed)} {name} rank {rank}")
-    return checkpoint.rebuild(model, kept | changed, state)
+def _check_form(task: Task) -> None:
+    """Refuses what would be cut in half: stock methods need stock matrices, masks are not cut again by others."""
+    values, method = checkpoint.config_dict(task.folder()), task.settings.method
+    checkpoint.check_supported(values)
+    low_rank = method in ("svd", "svd-whitened")
+    if checkpoint.is_sparse(values) and not low_rank:
+        raise ModelError(
+            f"{task.folder()} is low-rank already, and {method} cuts stock models only: cut the dense model, or go on "
+            "with svd or svd-whitened"
+        )
+    if (mask := values.get("mlp_mask")) and method != mask:
+        raise ModelError(
+            f"{task.folder()} is masked by {mask}, and {method} would lose the mask: cut the dense model, or go on "
+            f"with {mask}"
+        )

@@ -1,0 +1,89 @@
+"""Prunes a model, or compares the methods of pruning, without a cascade around it; resumable.
+
+    python jobs/prune.py run --sparsity 0.35 --prune.method neurons --dry-run      the table of matrices, no model
+    python jobs/prune.py run --sparsity 0.35 --prune.method svd-whitened --prune.allocation optimal
+    python jobs/prune.py compare --methods svd svd-whitened+optimal neurons --sparsity 0.15 0.65 --distill
+
+Both take --config and every setting of jobs/cascade.py.
+
+run       --sparsity S        share of the MLP parameters to remove
+          --dry-run           measure what is needed (dense model, statistics), print the table, make no model
+compare   --methods M …       a method, and what differs from its plainest form: svd, svd-whitened+optimal+gauge, …
+          --sparsity S …      shares to remove
+          --draws N           samples of the calibration text, each measured on its own
+          --distill           judge each student again after the same distillation from the same cache
+          --dry-run           print the plan and stop
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from sparsekd_ray import cli
+from sparsekd_ray.errors import ConfigError, SparseKDError
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sparsity", type=float, nargs="+", default=None)
+    parser.add_argument("--methods", nargs="+", default=None)
+    parser.add_argument("--draws", type=int, default=1)
+    parser.add_argument("--distill", action="store_true")
+
+
+def main() -> int:
+    mode, rest = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    try:
+        if mode not in ("run", "compare"):
+            print(__doc__)
+            if mode in ("-h", "--help"):
+                return 0
+            raise ConfigError(f"found {mode!r} where `run` or `compare` belongs")
+        config, chosen = cli.parse(__doc__, rest, options)
+        wrong = [s for s in chosen.sparsity or () if not 0 < s < 1]
+        if wrong:
+            raise ConfigError(f"--sparsity {wrong[0]:g}: a share between 0 and 1 of the MLP parameters")
+        if mode == "run":
+            run(config, chosen)
+        else:
+            compare(config, chosen)
+    except SparseKDError as error:
+        return cli.fail(error)
+    return 0
+
+
+def run(config: cli.Config, chosen: argparse.Namespace) -> None:
+    if chosen.sparsity is None or len(chosen.sparsity) != 1:
+        raise ConfigError("run prunes to one size: give --sparsity S")
+    from sparsekd_ray.cascade import pruning  # after parsing: --help stays fast
+
+    pruning.run(config, chosen.sparsity[0], chosen.dry_run, say, cli.table)
+
+
+def compare(config: cli.Config, chosen: argparse.Namespace) -> None:
+    from sparsekd_ray.cascade import comparison, pruning
+
+    rows = pruning.compare(
+        config,
+        tuple(chosen.methods or comparison.ALL),
+        tuple(chosen.sparsity or comparison.SPARSITIES),
+        tuple(range(chosen.draws)),
+        chosen.distill,
+        chosen.dry_run,
+        say,
+    )
+    if rows:
+        cli.table([{key: value for key, value in row.items() if key in comparison.SHOWN} for row in rows])
+        say(f"RESULT {json.dumps(rows)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""All pruning methods at equal sizes: the plan of the comparison, and its table out of the finished records.
+
+Every student comes from the same dense model, is judged untrained, and where asked for again after the same short
+distillation from the same cache. Calibrated methods are drawn several times, each with another sample of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, get_args
+
+from sparsekd_ray.cascade import steps
+from sparsekd_ray.cascade.steps import Book, Identify, Step
+from sparsekd_ray.config import Allocation, Config, Method, Prune
+from sparsekd_ray.errors import ConfigError
+
+ALL = (
+    "svd", "svd-whitened", "svd-whitened+optimal", "svd-whitened+optimal+gauge", "neurons", "sdm", "depth",
+    "wanda", "magnitude",
+)  # fmt: skip
+SPARSITIES = (0.15, 0.35, 0.5, 0.65)
+SHOWN = (
+    "method", "allocation", "sparsity", "mlp_params", "ppl_all", "ppl_std", "ppl_after", "predicted_loss", "seconds",
+    "flops_per_token", "prefill_speedup", "prefill_limit", "decode_speedup", "decode_limit",
+)  # fmt: skip
+CHANGES = {
+    **{rule: {"allocation": rule} for rule in get_args(Allocation)},
+    "gauge": {"storage": "gauge"},
+    "bias": {"bias": True},
+    "influence": {"drop": "influence"},
+}
+
+
+def variant(text: str, base: Prune) -> Prune:
+    """`svd-whitened+optimal+gauge` → settings: a method, then what differs from the plainest form of it."""
+    method, *changes = text.split("+")
+    unknown = [change for change in changes if change not in CHANGES]
+    if method not in get_args(Method) or unknown:
+        raise ConfigError(
+            f"no pruning method {text!r}: give one of {', '.join(get_args(Method))}, followed by any of "
+            f"{', '.join('+' + change for change in CHANGES)}"
+        )
+    values = {"method": method, "allocation": "uniform"}
+    for change in changes:
+        values |= CHANGES[change]
+    return base.model_copy(update=values)
+
+
+def plan(
+    config: Config,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    draws: Sequence[int],
+    distilled: bool,
+    identify: Identify,
+    model_identity: Mapping[str, Any],
+) -> tuple[list[Step], dict[str, Step]]:
+    """Every method at every sparsity and calibration draw; with `distilled`, the first draw of each trained too.
+
+    The steps, and by every name the step that stands for it: what no draw changes is made once."""
+    book = Book(config)
+    steps.dense(book, identify, model_identity)
+    every = [(text, sparsity, draw) for sparsity in sparsities for text in methods for draw in draws]
+    for text, sparsity, draw in every:
+        name = title(text, sparsity, draw)
+        steps.prune(book, name, sparsity, "dense", variant(text, config.prune), draw)
+        steps.evaluate(book, name)
+    for text, sparsity, draw in every:
+        if distilled and draw == draws[0]:
+            name, signal, seed = (
+                title(text, sparsity, draw),
+                steps.cache(book, "dense"),
+                config.cascade.seeds[0],
+            )
+            steps.distill(book, f"{name} distilled", config.distill, seed, name, signal)
+            steps.evaluate(book, f"{name} distilled")
+    return book.steps, book.names
+
+
+def title(text: str, sparsity: float, draw: int) -> str:
+    return f"{text} {steps.percent(sparsity)} draw {draw}"
+
+
+def rows(
+    made: Mapping[str, tuple[Step, dict[str, Any]]],
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    draws: Sequence[int],
+) -> list[dict[str, Any]]:
+    """One row per method and sparsity; `made`: by every name in the plan, its step and record."""
+
+    def figures(model: str) -> dict[str, Any]:
+        return made[f"evaluate {model}"][1]["metrics"]["sliding"]
+
+    table = [_row("dense", "–", 0.0, [figures("dense")]) | _sizes(made["dense"][1]["metrics"])]
+    for sparsity in sparsities:
+        for text in methods:
+            names = [title(text, sparsity, draw) for draw in draws]
+            first, record = made[names[0]]
+            row = _row(
+                text, first.identity.get("allocation", "uniform"), sparsity, [figures(n) for n in names]
+            )
+            row |= _sizes(record["metrics"]) | {
+                "predicted_loss": record["metrics"].get("predicted_loss"),
+                "seconds": record["seconds"],
+            }
+            if (after := f"{names[0]} distilled") in made:
+                row |= {"ppl_after": figures(after)["ppl"], "ppl_after_by_corpus": _domains([figures(after)])}
+            table.append(row)
+    return table
+
+
+def _row(method: str, allocation: str, sparsity: float, figures: list[dict[str, Any]]) -> dict[str, Any]:
+    totals = [found["ppl"] for found in figures]
+    spread = stdev(totals) if len(totals) > 1 else 0.0
+    named = {"method": method, "allocation": allocation, "sparsity": sparsity}
+    unknown = dict.fromkeys(("ppl_after", "ppl_after_by_corpus", "predicted_loss", "seconds"))
+    return named | {"ppl_all": fmean(totals), "ppl_std": spread, "ppl": _domains(figures)} | unknown
+
+
+def _domains(figures: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: fmean(f["domains"][name]["ppl"] for f in figures) for name in figures[0]["domains"]}
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Perplexity over counted sparsity, a line per method: untrained, and after distillation where it was done."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    dense, *students = rows
+    fields = ["ppl_all"] + ["ppl_after"] * any(row["ppl_after"] for row in students)
+    figure, panels = plt.subplots(
+        1, len(fields), figsize=(6.2 * len(fields), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, field in zip(panels[0], fields, strict=True):
+        for method in dict.fromkeys(row["method"] for row in students):
+            line = [row for row in students if row["method"] == method]
+            counted = [100 * (1 - row["mlp_params"] / dense["mlp_params"]) for row in line]
+            axes.plot(counted, [row[field] for row in line], "o-", label=method)
+        axes.axhline(dense["ppl_all"], color="grey", linestyle=":", label="dense")
+        axes.set(yscale="log", xlabel="MLP parameters removed, %", ylabel="held-out perplexity")
+        axes.set_title("right after pruning" if field == "ppl_all" else "after the same distillation")
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _sizes(metrics: Mapping[str, Any]) -> dict[str, int]:
+    return {"params": metrics["params"], "mlp_params": metrics["mlp_params"]}

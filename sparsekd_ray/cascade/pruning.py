@@ -1,0 +1,132 @@
+"""Pruning alone, and all methods side by side: what `jobs/prune.py` runs, on the cascade's own steps and driver."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsekd_ray import corpus
+from sparsekd_ray.cascade import comparison, console, job, steps
+from sparsekd_ray.cascade.steps import Book, Step
+from sparsekd_ray.config import Config
+from sparsekd_ray.each import here
+from sparsekd_ray.model import source
+from sparsekd_ray.store import Ref, Store
+
+Say = Callable[[str], None]
+PRUNED = "pruned"
+PROMPT, NEW_TOKENS, REPEATS = 128, 32, 7  # of a speed measurement
+
+
+def run(config: Config, sparsity: float, dry_run: bool, say: Say, table: Callable[[list[Any]], None]) -> None:
+    """Prunes the dense model once, judges and exports it; with `dry_run`, measures what a plan needs, prints the
+    table of matrices and makes no model."""
+    planned = _plan_one(config, sparsity)
+    store, settings = job.open_store(config), next(s for s in planned if s.name == PRUNED)
+    wanted = planned[: planned.index(settings)] if dry_run else planned
+    records = make(config, wanted, store, say)
+    from sparsekd_ray.prune import preview
+
+    task = _task(settings, planned, store)
+    rows = preview.table(task, here, lambda text: None)
+    table([*rows, preview.total(rows)])
+    if not dry_run:
+        export = planned[-1]
+        say(f"\nmodel    {store.url(export.ref.key)}/{job.exported(records[export.name])}")
+        say(f"load it  {job.load_command(store, export, records[export.name])}")
+
+
+def compare(
+    config: Config,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    draws: Sequence[int],
+    distilled: bool,
+    dry_run: bool,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """All methods at equal sizes; the rows of the table, also kept in the run's directory with a drawing."""
+    identity = {} if config.model.standin else source.identify(config.model)
+    arguments = (methods, sparsities, draws)
+    planned, names = comparison.plan(config, *arguments, distilled, corpus.identify, identity)
+    store = job.open_store(config)
+    if dry_run:
+        say(console.plan_text(config, planned, job.find(planned, store)))
+        return []
+    records = make(config, planned, store, say)
+    made = {name: (step, records[step.name]) for name, step in names.items()}
+    rows = comparison.rows(made, *arguments)
+    _add_speeds(rows, made, store, config, methods, sparsities, draws, say)
+    _keep(rows, config, store, say)
+    return rows
+
+
+def make(config: Config, planned: list[Step], store: Store, say: Say) -> dict[str, dict[str, Any]]:
+    """Makes what is missing of a plan, under the run's lease; the records of all of it."""
+    store.check()
+    records = job.find(planned, store)
+    say(console.plan_text(config, planned, records))
+    if len(records) < len(planned):
+        from sparsekd_ray.cascade import driver  # imports Ray
+
+        with store.lease(f"runs/{config.name}/driver", f"run {config.name}", say=say) as lease:
+            driver.run(config, planned, store, say, lease.ensure)
+    return job.find(planned, store)
+
+
+def _plan_one(config: Config, sparsity: float) -> list[Step]:
+    book = Book(config)
+    steps.dense(book, corpus.identify, {} if config.model.standin else source.identify(config.model))
+    steps.prune(book, PRUNED, sparsity, "dense", config.prune)
+    steps.evaluate(book, PRUNED)
+    steps.export(book, PRUNED, sparsity, config.prune.method)
+    return book.steps
+
+
+def _task(step: Step, planned: list[Step], store: Store) -> Any:
+    from sparsekd_ray.cascade import stages
+
+    refs: dict[str, Ref] = {s.name: s.ref for s in planned}
+    return stages.prune_task(step, {role: refs[name] for role, name in step.inputs.items()}, store, False)
+
+
+def _add_speeds(
+    rows: list[dict[str, Any]],
+    made: dict[str, tuple[Step, dict[str, Any]]],
+    store: Store,
+    config: Config,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    draws: Sequence[int],
+    say: Say,
+) -> None:
+    """Prefill and decode of every student against the dense model, in this process, one student at a time."""
+    import torch
+
+    from sparsekd_ray.evaluate import speed
+    from sparsekd_ray.model import checkpoint
+
+    device, dtype = ("cuda", "bfloat16") if config.execution.gpus else ("cpu", "float32")
+    torch.set_num_threads(config.execution.threads)
+    dense = checkpoint.load(store.fetch(made["dense"][0].ref), dtype=dtype, device=device)
+    prompt = min(PROMPT, dense.config.max_position_embeddings - NEW_TOKENS)
+    names = [comparison.title(text, sparsity, draws[0]) for sparsity in sparsities for text in methods]
+    rows[0] |= {"flops_per_token": speed.flops_per_token(dense, prompt)}
+    for row, name in zip(rows[1:], names, strict=True):
+        student = checkpoint.load(store.fetch(made[name][0].ref), dtype=dtype, device=device)
+        row |= {"flops_per_token": speed.flops_per_token(student, prompt)}
+        row |= speed.compare(dense, student, prompt=prompt, new_tokens=NEW_TOKENS, repeats=REPEATS)
+        say(f"speed of {name}: prefill {row['prefill_speedup']:.2f} ×, decode {row['decode_speedup']:.2f} ×")
+
+
+def _keep(rows: list[dict[str, Any]], config: Config, store: Store, say: Say) -> None:
+    folder = f"runs/{config.name}"
+    store.write_text(f"{folder}/comparison.json", json.dumps(rows, indent=1))
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "comparison.png"
+        comparison.draw(rows, path)
+        store.write_bytes(f"{folder}/comparison.png", path.read_bytes())
+    say(f"\ntable    {store.root}/{folder}/comparison.json\ndrawing  {store.root}/{folder}/comparison.png")

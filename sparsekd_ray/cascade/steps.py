@@ -1,0 +1,257 @@
+"""The parts of a plan: steps, and the functions that add the usual ones to a book of them.
+
+A step's fingerprint is a digest of what bears on its numbers: its own settings and its inputs' fingerprints. Nothing
+of `execution` enters it, so another store, another number of GPUs or a second machine finds the same artifacts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsekd_ray.config import Config, Corpus, Distill, Prune, Settings, Source, Standin
+from sparsekd_ray.store import Ref
+
+# raised when a stage's code changes what it computes, so that older artifacts are not taken for new ones
+VERSIONS = {
+    "tokenizer": 1,
+    "corpus": 1,
+    "dense": 1,
+    "cache": 2,
+    "statistics": 1,
+    "prune": 2,
+    "distill": 1,
+    "evaluate": 1,
+    "export": 1,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact to be made: `inputs` maps a role to the name of the step that makes it."""
+
+    name: str
+    kind: str
+    ref: Ref
+    identity: dict[str, Any]
+    inputs: dict[str, str]
+    settings: Any = None
+    seed: int = 0
+
+
+PRUNE_FIELDS = {  # of the settings, which bear on each method
+    "svd": ("allocation", "align", "storage"),
+    "svd-whitened": ("allocation", "align", "storage", "bias"),
+    "neurons": ("align",),
+    "sdm": ("align", "alpha", "temperature"),
+    "depth": ("drop",),
+    "wanda": (),
+    "magnitude": (),
+}
+LOW_RANK = ("svd", "svd-whitened")
+
+Identify = Callable[[Source], dict[str, Any]]
+
+
+class Book:
+    """Steps in order of addition; a step with a fingerprint already there is the same step under its first name."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.steps: list[Step] = []
+        self.names: dict[str, Step] = {}
+
+    def add(
+        self,
+        name: str,
+        kind: str,
+        label: str,
+        identity: dict[str, Any],
+        inputs: dict[str, str],
+        settings: Any = None,
+        seed: int = 0,
+    ) -> None:
+        parents = {role: self.names[parent] for role, parent in inputs.items()}
+        digest = fingerprint(
+            {
+                "kind": kind,
+                "version": VERSIONS[kind],
+                "identity": identity,
+                "inputs": {role: parent.ref.fingerprint for role, parent in parents.items()},
+            }
+        )
+        step = Step(
+            name,
+            kind,
+            Ref(kind, label, digest),
+            identity,
+            {role: parent.name for role, parent in parents.items()},
+            settings,
+            seed,
+        )
+        known = next((s for s in self.steps if s.ref == step.ref), None)
+        self.names[name] = known or step
+        if known is None:
+            self.steps.append(step)
+
+
+def fingerprint(value: Any) -> str:
+    """First 12 hex digits of the SHA-256 of `value` as canonical JSON; refuses what has no canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
+
+
+def dense(book: Book, identify: Identify, model_identity: Mapping[str, Any]) -> None:
+    """The steps up to the dense model, the corpus and the dense model's figures."""
+    config = book.config
+    if config.model.standin is None:
+        label = str(config.model.path).rstrip("/").split("/")[-1][:48]
+        book.add("dense", "dense", label, dict(model_identity), {}, config.model)
+        _corpus(book, identify, "dense")
+    else:
+        _standin(book, config, config.model.standin, identify)
+    evaluate(book, "dense")
+
+
+def _corpus(book: Book, identify: Identify, tokenizer: str) -> None:
+    config = book.config
+    book.add(
+        "corpus",
+        "corpus",
+        "-".join(source.name for source in config.corpus.sources)[:48],
+        _corpus_identity(config.corpus, identify, config.seed),
+        {"tokenizer": tokenizer},
+        config.corpus,
+        config.seed,
+    )
+
+
+def _standin(book: Book, config: Config, standin: Standin, identify: Identify) -> None:
+    """The calibration text comes before the training, so that a source that is too small is found before the work."""
+    sources = standin.sources or tuple(s for s in config.corpus.sources if s.name not in standin.unseen)
+    texts = config.corpus.model_copy(
+        update={
+            "sources": sources,
+            "samples": standin.steps * standin.batch,
+            "valid_samples": 32,
+            "test_samples": 32,
+        }
+    )
+    book.add(
+        "tokenizer",
+        "tokenizer",
+        f"bpe-{standin.vocab}",
+        _corpus_identity(texts, identify, config.seed) | {"vocab": standin.vocab},
+        {},
+        (texts, standin),
+        config.seed,
+    )
+    _corpus(book, identify, "tokenizer")
+    book.add(
+        "pretraining text",
+        "corpus",
+        "-".join(source.name for source in sources)[:48],
+        _corpus_identity(texts, identify, config.seed),
+        {"tokenizer": "tokenizer"},
+        texts,
+        config.seed,
+    )
+    book.add(
+        "dense",
+        "dense",
+        f"standin-{standin.hidden}x{standin.layers}",
+        _plain(standin, "sources", "unseen") | {"seed": config.seed},
+        {"texts": "pretraining text"},
+        standin,
+        config.seed,
+    )
+
+
+def prune(
+    book: Book, name: str, sparsity: float, source: str, settings: Prune, seed: int | None = None
+) -> None:
+    """A pruned model, and before it the statistics or the cache that its method needs; `seed`: of the calibration."""
+    calibrate = book.config.calibrate
+    if seed is not None:
+        calibrate = calibrate.model_copy(update={"seed": seed})
+    # the fields that do not bear on the method are as if never set
+    settings = Prune(
+        method=settings.method, **settings.model_dump(include=set(PRUNE_FIELDS[settings.method]))
+    )
+    inputs = {"model": source, "dense": "dense"}
+    identity = _plain(settings, *(set(Prune.model_fields) - {"method", *PRUNE_FIELDS[settings.method]}))
+    identity |= {"sparsity": sparsity}
+    optimal = settings.method == "svd" and settings.allocation == "optimal"
+    if settings.method in ("svd-whitened", "neurons", "sdm", "depth") or optimal:
+        title = f"statistics {source}" if seed is None else f"statistics {source} · draw {seed}"
+        inputs["statistics"] = title
+        book.add(
+            title,
+            "statistics",
+            f"{calibrate.samples}-sequences",
+            _plain(calibrate),
+            {"model": source, "texts": "corpus"},
+            calibrate,
+        )
+    if settings.method in ("sdm", "wanda"):  # which read the calibration text itself
+        identity |= {"calibrate": _plain(calibrate)}
+        inputs["texts"] = "corpus"
+    if settings.method == "sdm":
+        inputs["cache"] = cache(book, "dense")
+    label = f"{settings.method}-{settings.allocation}" if settings.method in LOW_RANK else settings.method
+    label = f"{label}-{percent(sparsity).rstrip('%')}"
+    book.add(name, "prune", label, identity, inputs, (sparsity, settings, calibrate))
+
+
+def cache(book: Book, teacher: str) -> str:
+    """What `teacher` says of the corpus; the step's name."""
+    settings = book.config.teacher
+    sampled = f"sampled{settings.bytes_per_token:g}"
+    label = f"top{settings.k}" if settings.signal == "topk" else sampled
+    inputs = {"teacher": teacher, "texts": "corpus"}
+    book.add(f"cache {teacher}", "cache", label, _plain(settings), inputs, settings)
+    return f"cache {teacher}"
+
+
+def distill(book: Book, name: str, settings: Distill, seed: int, student: str, signal: str) -> None:
+    book.add(
+        name,
+        "distill",
+        f"a{settings.alpha:g}-lr{settings.lr:g}-s{seed}",
+        _plain(settings) | {"seed": seed},
+        {"student": student, "cache": signal, "texts": "corpus"},
+        settings,
+        seed,
+    )
+
+
+def evaluate(book: Book, model: str) -> None:
+    settings, inputs = book.config.evaluate, {"model": model, "texts": "corpus"}
+    book.add(f"evaluate {model}", "evaluate", "ppl", _plain(settings), inputs, settings)
+
+
+def export(book: Book, model: str, sparsity: float, method: str) -> None:
+    """The directories that stock tools load."""
+    inputs = {"model": model, "figures": f"evaluate {model}", "dense": "evaluate dense"}
+    label = f"student-minus-{percent(sparsity).rstrip('%')}"
+    book.add(f"export {model}", "export", label, {"sparsity": sparsity, "method": method}, inputs)
+
+
+def _corpus_identity(texts: Corpus, identify: Identify, seed: int) -> dict[str, Any]:
+    sources = [identify(source) | {"name": source.name, "weight": source.weight} for source in texts.sources]
+    return _plain(texts, "sources") | {"sources": sources, "seed": seed}
+
+
+def _plain(settings: Settings, *without: str) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude=set(without))
+
+
+def seeded(name: str, config: Config, seed: int) -> str:
+    """A step's name, with its seed where there are several."""
+    return name if len(config.cascade.seeds) == 1 else f"{name} · seed {seed}"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:g}%"

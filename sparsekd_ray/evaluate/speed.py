@@ -1,0 +1,88 @@
+"""How fast a model is beside another: prefill and decode, measured in turns, next to what arithmetic and memory allow.
+
+Prefill is bound by arithmetic: its limit is the ratio of floating-point operations per token (only the last token's
+logits are computed, as a server does). Decoding one sequence is bound by memory: its limit is the ratio of weight bytes
+read per token. Small models reach neither, since starting each kernel takes longer than its work; the ratio of
+measured to limit says how far off a measurement is. Masks change neither limit: zeros are multiplied like any number.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from sparsekd_ray.model import checkpoint
+
+
+def flops_per_token(config: Any, context: int) -> float:
+    """Floating-point operations of a token in a prefill of `context` tokens, without the head."""
+    values = checkpoint.config_dict(config)
+    table, layers, heads = (
+        values["vocab_size"] * values["hidden_size"],
+        values["num_hidden_layers"],
+        _heads(values),
+    )
+    weights = checkpoint.total_parameters(values) - table * (1 if values.get("tie_word_embeddings") else 2)
+    return 2 * weights + 4 * layers * heads * context / 2  # a token attends to half the context on average
+
+
+def bytes_per_token(config: Any, itemsize: int) -> float:
+    """Bytes of weights that decoding one token of one sequence reads: all but an input embedding of its own."""
+    values = checkpoint.config_dict(config)
+    table = values["vocab_size"] * values["hidden_size"]
+    return itemsize * (
+        checkpoint.total_parameters(values) - (0 if values.get("tie_word_embeddings") else table)
+    )
+
+
+def limits(dense: Any, student: Any, context: int) -> dict[str, float]:
+    """How many times faster than `dense` the student can be at most, by operations and by bytes."""
+    return {
+        "prefill_limit": flops_per_token(dense, context) / flops_per_token(student, context),
+        "decode_limit": bytes_per_token(dense, 2) / bytes_per_token(student, 2),
+    }
+
+
+def compare(dense: Any, student: Any, *, prompt: int, new_tokens: int, repeats: int) -> dict[str, float]:
+    """Speeds of two models in memory and how many times faster the student is, medians over `repeats` turns.
+
+    `prompt`: tokens of one sequence in a prefill, and before the decoding of `new_tokens` more, one at a time.
+    """
+    figures: dict[str, list[float]] = {}
+    for turn in range(repeats + 1):
+        one, other = timed(dense, prompt, new_tokens), timed(student, prompt, new_tokens)
+        if turn:  # the first warms up
+            for regime, tokens in (("prefill", prompt), ("decode", new_tokens)):
+                figures.setdefault(f"{regime}_tokens_per_s", []).append(tokens / other[regime])
+                figures.setdefault(f"{regime}_speedup", []).append(one[regime] / other[regime])
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    return medians | limits(dense, student, prompt)
+
+
+@torch.inference_mode()
+def timed(model: Any, prompt: int, new_tokens: int) -> dict[str, float]:
+    """Seconds of one prefill, and of decoding after it."""
+    ids = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size
+    started = _now(model)
+    found = model(ids, use_cache=True, logits_to_keep=1)
+    filled = _now(model)
+    for _ in range(new_tokens):
+        following = found.logits[:, -1:].argmax(-1)
+        found = model(following, past_key_values=found.past_key_values, use_cache=True, logits_to_keep=1)
+    return {"prefill": filled - started, "decode": _now(model) - filled}
+
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def _heads(values: dict[str, Any]) -> int:
+    """Numbers in all query heads together."""
+    heads = values["num_attention_heads"]
+    default = 128 if values["model_type"].endswith("qwen3") else values["hidden_size"] // heads
+    return heads * (values.get("head_dim") or default)

@@ -1,0 +1,234 @@
+"""Low-rank pruning of a whole model: a spectrum of every matrix, ranks under one budget, then the factors.
+
+Spectra and factors are pieces, one for each matrix, that may run anywhere. With statistics at hand, singular values are
+scaled so that Σ_{i>r} σ_i² is the predicted loss of rank r in nat per token: half the mean Fisher scalar of the
+matrix's outputs times the mean squared error of an output, which is the second-order term of the loss where outputs
+are taken as independent and alike. In a fused gate and up each half has a scale of its own, a row weight.
+
+Gate and up of a Qwen3 layer, two matrices of the same input, become one low-rank matrix with a shared basis where that
+predicts the smaller loss at the same number of parameters (methods: as SVD-LLM's whitening, with one right factor).
+
+Shapes: m rows (outputs), n columns (inputs), r rank, k = min(m, n).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sparsekd_ray.each import Each
+from sparsekd_ray.model import checkpoint, low_rank
+from sparsekd_ray.prune import allocate, gauge, svd
+from sparsekd_ray.prune.cost import aligned_ranks, parameters
+from sparsekd_ray.prune.task import Task, Tensors, naming, tensors_below
+
+Shapes = dict[str, tuple[int, int]]
+Say = Callable[[str], None]
+
+
+class Problem(NamedTuple):
+    """One matrix as an approximation problem; `gram_nn` and `weight_m` None in plain SVD."""
+
+    W_mn: torch.Tensor
+    gram_nn: torch.Tensor | None
+    weight_m: torch.Tensor | None
+    mean_n: torch.Tensor | None
+
+
+class Plan(NamedTuple):
+    """What every matrix becomes; `loss` in nat per token, None where nothing was measured to predict it by."""
+
+    shapes: Shapes
+    ranks: dict[str, int | None]
+    loss: dict[str, float] | None
+
+
+def plan(task: Task, each: Each, say: Say) -> Plan:
+    """Ranks of all matrices under the budget."""
+    folder = task.folder()
+    shapes = checkpoint.shapes_from_config(folder)
+    names = [*shapes, *(pairs := _pairs(shapes))]
+    shapes |= {name: (2 * shapes[gate][0], shapes[gate][1]) for name, (gate, _) in pairs.items()}
+    spectra: dict[str, np.ndarray] = {}
+    for index, sigma_k in each(spectrum, [(task, name) for name in names]):
+        spectra[names[index]] = sigma_k
+        say(f"spectrum {len(spectra)}/{len(names)} {names[index]}")
+    for joint, pair in pairs.items():
+        for name in pair if _joint_wins(task, shapes, spectra, joint, pair) else (joint,):
+            del shapes[name], spectra[name]
+    spectra, shapes = {name: spectra[name] for name in shapes}, _ordered(shapes)
+    settings = task.settings
+    ranks = allocate.choose(
+        settings.allocation,
+        spectra,
+        shapes,
+        task.sparsity,
+        settings.align,
+        task.dense_mlp_params,
+        protected=allocate.protected_names(shapes),
+        gauge=settings.storage == "gauge",
+        bias=settings.bias,
+    )
+    loss = None if task.statistics is None else allocate.losses(spectra, shapes, ranks)
+    return Plan(shapes, ranks, loss)
+
+
+def student(task: Task, each: Each, say: Say) -> tuple[Any, dict[str, Any]]:
+    """The low-rank model, and its ranks and predicted loss."""
+    planned, model = plan(task, each, say), task.load()
+    held, gauged = checkpoint.mlp_ranks(model), task.settings.storage == "gauge"
+    same_form = checkpoint.mlp_form(model) == (gauged, task.settings.bias)
+    wanted = {name: rank or held.get(name) for name, rank in planned.ranks.items()}
+    changed = {
+        name: rank
+        for name, rank in wanted.items()
+        if rank is not None and (rank != held.get(name) or not same_form)
+    }
+    state, names = dict(model.state_dict()), list(changed)
+    pieces = [(task, name, rank) for name, rank in changed.items()]
+    for done, (index, _) in enumerate(each(factors, pieces), 1):
+        say(f"factors {done}/{len(names)} {names[index]} rank {changed[names[index]]}")
+    for name, rank in changed.items():
+        found = task.published(name, {"rank": rank})
+        assert found is not None, f"{name} has just been made"
+        _replace(state, name, found)
+    ranks = {name: rank for name, rank in wanted.items() if rank is not None}
+    cut = checkpoint.rebuild(model, ranks, state, gauge=gauged, bias=task.settings.bias)
+    return cut, {"ranks": planned.ranks, "predicted_loss": planned.loss and sum(planned.loss.values())}
+
+
+def spectrum(task: Task, name: str) -> np.ndarray:
+    """A piece: the singular values of a matrix, as many as it may keep at most, scaled as told above."""
+    W_mn, gram_nn, weight_m, _ = problem(task, name)
+    with naming(name):
+        sigma_k = svd.singular_values(W_mn, gram_nn, weight_m)
+    return sigma_k[: checkpoint.mlp_ranks(task.folder()).get(name)].cpu().numpy()
+
+
+def factors(task: Task, name: str, rank: int) -> None:
+    """A piece: the tensors that take a matrix's place, published."""
+    about = {"rank": rank}
+    if task.published(name, about) is not None:
+        return
+    W_mn, gram_nn, weight_m, mean_n = problem(task, name)
+    with naming(name):
+        B_mr, A_rn = svd.truncated_factors(W_mn, rank, gram_nn, weight_m)
+    held: Tensors = {"A.weight": A_rn, "B.weight": B_mr}
+    if task.settings.storage == "gauge":
+        order_n, U_mr, C_rs = gauge.gauge(B_mr, A_rn)
+        held = {"U.weight": U_mr, "C.weight": C_rs, "order": order_n}
+    if mean_n is not None:
+        held["bias"] = svd.mean_bias(W_mn, B_mr, A_rn, mean_n)
+    dtype = _stored_type(task, name)
+    task.publish(name, {key: t.to(dtype) if t.is_floating_point() else t for key, t in held.items()}, about)
+
+
+def problem(task: Task, name: str) -> Problem:
+    """The matrix, and in which metric its error counts: that of the outputs on the calibration text, or plain."""
+    W_mn = matrix(task, name).to(task.device)
+    whitened = task.settings.method == "svd-whitened"
+    if task.statistics is None:
+        return Problem(W_mn, None, None, None)
+    layer, leaf = _place(name)
+    found = task.layer(layer)
+    side, tokens = "inner" if leaf == "down_proj" else "input", int(found["tokens"])
+    gram_nn, sum_n = (found[f"{side}.{part}"].double().to(task.device) for part in ("gram", "sum"))
+    fisher_m = torch.cat([_mean_fisher(found, part) for part in _parts(leaf, found)]).to(task.device)
+    if not whitened:  # plain SVD takes the inputs as independent and alike
+        energy = gram_nn.diagonal().mean() / tokens
+        return Problem(W_mn, None, (fisher_m.mean() * energy / 2).sqrt().expand(len(W_mn)), None)
+    weight_m = (fisher_m / (2 * tokens)).sqrt()
+    if task.settings.bias:
+        return Problem(W_mn, svd.centred(gram_nn, sum_n, tokens), weight_m, sum_n / tokens)
+    return Problem(W_mn, gram_nn, weight_m, None)
+
+
+def matrix(task: Task, name: str) -> torch.Tensor:
+    """One MLP matrix in float64, without loading the model; gate and up stacked under their joint name."""
+    folder, leaf = task.folder(), _place(name)[1]
+    held = [tensors_below(folder, name)]
+    if leaf == "gate_up_proj" and not held[0]:
+        held = [tensors_below(folder, name.replace(leaf, part)) for part in ("gate_proj", "up_proj")]
+    W_mn = torch.cat([low_rank.product(tensors) for tensors in held])
+    with naming(name):
+        if not torch.isfinite(W_mn).all():
+            raise ValueError("holds NaN or infinity: the file is damaged or the training diverged")
+    return W_mn
+
+
+def _mean_fisher(found: Tensors, part: str) -> torch.Tensor:
+    fisher_m = found[f"fisher.{part}"].double()
+    halves = fisher_m.chunk(2) if part == "gate_up_proj" else (fisher_m,)
+    return torch.cat([half.mean().expand(len(half)) for half in halves])
+
+
+def _parts(leaf: str, found: Tensors) -> tuple[str, ...]:
+    """The matrices whose outputs were measured, that make up `leaf`."""
+    return ("gate_proj", "up_proj") if f"fisher.{leaf}" not in found else (leaf,)
+
+
+def _place(name: str) -> tuple[int, str]:
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    assert found, f"{name} is the matrix of a layer"
+    return int(found[1]), name.rpartition(".")[2]
+
+
+def _pairs(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[str, str]]:
+    """Joint name → gate and up, of every layer where these are two matrices."""
+    gates = [name for name in shapes if name.endswith("gate_proj")]
+    return {n.replace("gate_proj", "gate_up_proj"): (n, n.replace("gate_proj", "up_proj")) for n in gates}
+
+
+def _joint_wins(
+    task: Task, shapes: Shapes, spectra: Mapping[str, np.ndarray], joint: str, pair: tuple[str, str]
+) -> bool:
+    """Whether one basis for both loses less than one each, at the budget's share of their parameters."""
+    if task.settings.method == "svd" or any(name in checkpoint.mlp_ranks(task.folder()) for name in pair):
+        return (
+            False  # the paper's SVD is of single matrices, and factors are never forced together afterwards
+        )
+    losses = {name: _tail(spectra[name], shapes[name], task) for name in (joint, *pair)}
+    return losses[joint] < losses[pair[0]] + losses[pair[1]]
+
+
+def _tail(sigma_k: np.ndarray, shape: tuple[int, int], task: Task) -> float:
+    """Predicted loss of a matrix that keeps the budget's share of its parameters."""
+    m, n = shape
+    form = (task.settings.storage == "gauge", task.settings.bias)
+    allowed = aligned_ranks(m, n, task.settings.align, *form)
+    wanted = (1 - task.sparsity) * m * n
+    rank = max((r for r in allowed if parameters(m, n, r, *form) <= wanted), default=0)
+    return float((sigma_k[rank:] ** 2).sum())
+
+
+def _ordered(shapes: Shapes) -> Shapes:
+    """By layer, and in a layer as in the model."""
+    order = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+    return dict(
+        sorted(shapes.items(), key=lambda item: (_place(item[0])[0], order.index(_place(item[0])[1])))
+    )
+
+
+def _stored_type(task: Task, name: str) -> torch.dtype:
+    return next(
+        t.dtype
+        for t in tensors_below(task.folder(), name.rpartition(".")[0]).values()
+        if t.is_floating_point()
+    )
+
+
+def _replace(state: Tensors, name: str, found: Tensors) -> None:
+    """Puts a matrix's new tensors into a state in the place of the old ones, of gate and up where it is both."""
+    parent = name.rpartition(".")[0]
+    leaves = (
+        ("gate_up_proj", "gate_proj", "up_proj")
+        if name.endswith("gate_up_proj")
+        else (name.rpartition(".")[2],)
+    )
+    for key in [key for key in state if key.startswith(tuple(f"{parent}.{leaf}." for leaf in leaves))]:
+        del state[key]
+    state |= {f"{name}.{key}": tensor for key, tensor in found.items()}
