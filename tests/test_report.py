@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from sparsekd_ray.cascade.charts import count, drawn_inputs, graph, lanes, number, percent, signed
-from sparsekd_ray.cascade.report import FIELDS, expectations, findings, flat, render
+from sparsekd_ray.cascade.findings import expectations, findings, headline
+from sparsekd_ray.cascade.report import FIELDS, flat, render
 
 LOAD = (
     "from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('runs/artifacts/export/r3'))"
@@ -23,6 +24,7 @@ DOMAINS = {  # train tokens, test tokens, in dense training
     "arithmetic": (260_000, 19_968, True),
     "topics": (300_000, 20_096, False),
 }
+SEEDS = (42, 123, 456)
 BUDGET = (131_072, 1e-3, "budget")  # tokens trained on, learning rate, why it stopped
 TWICE, THRICE = (262_144, 1e-3, "minimum"), (393_216, 2e-3, "saturation")
 MODELS: list[tuple[Any, ...]] = [
@@ -36,16 +38,23 @@ MODELS: list[tuple[Any, ...]] = [
     ("Round 3", 0.65, 0.6502, 651_776, "previous", 293.0, 96.7, 36.2, (69.8, 32.5, 5.6, 104.0), THRICE),
 ]  # fmt: skip
 
+BESIDE: list[tuple[Any, ...]] = [
+    ("neurons 65%", 0.65, 0.6494, 652_208, "dense", None, 61.7, 33.1, (63.9, 28.8, 5.31, 99.2), BUDGET),
+    ("depth 50%", 0.5, 0.5, 669_312, "dense+kd", None, 180.2, 41.9, (80.2, 38.1, 6.01, 140.0), BUDGET),
+]  # fmt: skip
+
 
 def row(model: tuple[Any, ...], seeds: list[int]) -> dict[str, Any]:
     stage, requested, sparsity, params, teacher, oneshot, pre, ppl, domains, training = model
     tokens, lr, stopped = training
-    pruned = stage.startswith("Round")
+    pruned = requested > 0
+    kind = "beside" if stage.endswith("%") else "round" if pruned else "control"
     spread = [0.0] if len(seeds) == 1 or stage == "Dense" else [-0.3, 0.1, 0.2]
     slug = stage.lower().replace(" ", "-")
     return {
         "stage": stage,
-        "kind": "dense" if stage == "Dense" else "round" if pruned else "control",
+        "kind": "dense" if stage == "Dense" else kind,
+        "method": {"control": None, "round": "svd, tiered", "beside": stage.split()[0]}[kind],
         "sparsity_requested": requested,
         "sparsity": sparsity,
         "params": params,
@@ -187,6 +196,15 @@ def sample(seeds: tuple[int, ...] = (42,)) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def with_beside(seeds: tuple[int, ...] = (42,)) -> dict[str, Any]:
+    """The sample and two students by other methods: one of the last round's size, one of no round's."""
+    summary = sample(seeds)
+    added = [row(model, list(seeds)) for model in BESIDE]
+    summary["rows"] += added
+    summary["curves"] += [curve(r["stage"], seed, r["pre_ppl"], r["ppl"]) for r in added for seed in seeds]
+    return summary
+
+
 LONG = "a-name-of-a-stage-that-goes-on-and-on-without-any-place-to-break-it-" * 2
 EVIL = '<script>alert("1")</script> & | `x` $\\frac{1}$ ](javascript:1)'
 
@@ -272,7 +290,7 @@ def test_findings_of_an_adverse_run_say_what_does_not_hold() -> None:
     text = said(summary)
     assert [check["held"] for check in expectations(summary)] == [False, False, False]
     assert (
-        "Not as expected (at least 5 × dense): Plain SVD at 61 % sparsity" in text and "1.20 × dense" in text
+        "Not as expected (at least 5 × dense): Plain SVD at 65 % sparsity" in text and "1.20 × dense" in text
     )
     assert "Not as expected (at least 90 %)" in text and f"least first: {EVIL} 50.0 %." in text
     assert f"Nothing to recover, at most 1 % above dense after pruning: {LONG} (34.60 → 41.40)." in text
@@ -338,7 +356,49 @@ def test_other_shapes_of_a_run_have_findings_too() -> None:
     assert "equal compute" not in said(summary)
     assert "No drift" in said(summary)
     summary["rows"] = summary["rows"][:1]
-    assert "No model was pruned." in said(summary)
+    assert "There was no round of pruning." in said(summary)
+
+
+def test_a_student_beside_the_rounds_is_held_against_the_round_of_its_size() -> None:
+    summary = with_beside()
+    text = said(summary)
+    # 33.1 / 36.2 − 1; 131 072 / 393 216
+    assert (
+        "neurons 65%, the dense model pruned once (neurons) and distilled once, ends at perplexity 33.10; against "
+        "Round 3 (65 %, svd, tiered) at 36.20: −8.6 %, better, not at equal compute: on 0.33 × the 393 k tokens of "
+        "Round 3.\n"
+    ) in text
+    assert "perplexity 41.90; no round has about its sparsity, 50.0 %." in text
+    # 33.1 / 29.3 − 1, (61.7 − 33.1) / (61.7 − 29.3)
+    assert "Round 3 (65 %) +23.5 %, worse; depth 50% +43.0 %, worse; neurons 65% +13.0 %, worse." in text
+    assert "Round 3 89.8 %, depth 50% 91.7 %, neurons 65% 88.3 %." in text
+    assert "to within 0.06 % of the MLP parameters" in text
+    assert [check["figure"] for check in expectations(summary)] == [
+        check["figure"] for check in expectations(sample())
+    ]
+    *_, last, neurons, _ = summary["rows"]
+    neurons["trained_tokens"], neurons["ppl"] = last["trained_tokens"], 36.4
+    assert "at 36.20: +0.6 %, a tie, at equal compute, the 393 k tokens of Round 3." in said(summary)
+    summary["rows"][5]["sparsity"] = 0.6402
+    assert "; against Round 2 (64 %, svd, tiered) at 31.40: +15.9 %, worse, not at" in said(summary)
+
+
+def test_a_run_with_students_beside_no_round_says_so() -> None:
+    summary = with_beside()
+    assert headline(summary) == headline(sample())
+    summary["rows"] = [r for r in summary["rows"] if r["kind"] != "round"]
+    assert headline(summary).endswith("at perplexity 34.50; there was no round of pruning.")
+    assert "no round has about its sparsity, 64.9 %." in said(summary)
+
+
+def test_the_figures_are_named_by_what_was_done_not_by_the_rounds_method() -> None:
+    """One-shot is plain SVD at the requested size, whatever whole layers a round removed; a mask removes nothing."""
+    summary = sample()
+    summary["rows"][-1] |= {"method": "depth", "sparsity": 0.5}
+    assert "Plain SVD at 65 % sparsity, without training, has perplexity 293.0" in said(summary)
+    assert "Round 3 by 15.00 %" in said(summary)
+    summary["rows"][-1] |= {"method": "wanda", "sparsity": 0.65, "params": 1_003_648}
+    assert "lead to 1.00 M with 65 % of its MLP parameters held at zero, at" in headline(summary)
 
 
 class Page(HTMLParser):
@@ -377,14 +437,15 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three reports, drawn once for all tests."""
+    """Four reports, drawn once for all tests."""
     folder = tmp_path_factory.mktemp("reports")
-    for name, summary in {"good": sample(), "seeds": sample((42, 123, 456)), "bad": adverse()}.items():
+    summaries = {"good": sample(), "seeds": sample(SEEDS), "bad": adverse(), "beside": with_beside(SEEDS)}
+    for name, summary in summaries.items():
         render(summary, folder / name)
     return folder
 
 
-@pytest.mark.parametrize("name", ["good", "seeds", "bad"])
+@pytest.mark.parametrize("name", ["good", "seeds", "bad", "beside"])
 def test_the_page_is_whole_and_asks_nothing_of_the_network(out: Path, name: str) -> None:
     html = (out / name / "report.html").read_text()
     page = Page(html)
@@ -405,14 +466,16 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(out: Path, name: str)
     assert headers and all(header.get("scope") in ("row", "col") for header in headers)
 
 
-@pytest.mark.parametrize(("name", "make"), [("good", sample), ("bad", adverse)])
+@pytest.mark.parametrize(
+    ("name", "make"), [("good", sample), ("bad", adverse), ("beside", lambda: with_beside(SEEDS))]
+)
 def test_everything_of_the_run_is_on_the_page_and_in_the_text(out: Path, name: str, make: Any) -> None:
     summary = make()
     html, markdown = (out / name / "report.html").read_text(), (out / name / "report.md").read_text()
     page = Page(html)
     wanted = [summary["command"], summary["protocol"]["sentence"], summary["hardware"], *findings(summary)]
     wanted += [summary["dense"]["note"] or "", summary["corpus"]["warning"] or ""]
-    wanted += [r[key] for r in summary["rows"] for key in ("stage", "artifact", "export") if r[key]]
+    wanted += [r[key] for r in summary["rows"] for key in ("stage", "method", "artifact", "export") if r[key]]
     wanted += [step[key] for step in summary["steps"] for key in ("name", "kind", "figure", "artifact")]
     wanted += [text for entry in summary["commands"] for text in entry.values()]
     wanted += [text for pair in flat(summary["settings"]) for text in pair]
@@ -431,8 +494,10 @@ def figure(cell: str) -> float | None:
     return None if text in ("–", "no excess") else float(text)
 
 
-@pytest.mark.parametrize(("name", "seeds"), [("good", (42,)), ("seeds", (42, 123, 456))])
-def test_the_markdown_table_holds_the_figures(out: Path, name: str, seeds: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "summary"), [("good", sample()), ("seeds", sample(SEEDS)), ("beside", with_beside(SEEDS))]
+)
+def test_the_markdown_table_holds_the_figures(out: Path, name: str, summary: dict[str, Any]) -> None:
     lines = (
         (out / name / "report.md")
         .read_text()
@@ -440,8 +505,10 @@ def test_the_markdown_table_holds_the_figures(out: Path, name: str, seeds: tuple
         .split("\n| --- |")[1]
         .splitlines()
     )
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1 : 1 + len(MODELS)]]
-    for r, (stage, *texts) in zip(sample(seeds)["rows"], cells, strict=True):
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[1 : 1 + len(summary["rows"])]
+    ]
+    for r, (stage, *texts) in zip(summary["rows"], cells, strict=True):
         keys = ("sparsity", "oneshot_ppl", "pre_ppl", "ppl", "std", "vs_dense", "recovered")
         found = dict(zip(keys, map(figure, texts), strict=True))
         assert stage == r["stage"]
@@ -451,6 +518,19 @@ def test_the_markdown_table_holds_the_figures(out: Path, name: str, seeds: tuple
                 assert found[key] is None
             else:
                 assert found[key] == (None if r[key] is None else pytest.approx(r[key] * scale, abs=0.0501))
+
+
+def test_students_beside_the_rounds_are_told_apart_and_nothing_of_them_is_said_without_any(out: Path) -> None:
+    html, markdown = ((out / "beside" / name).read_text() for name in ("report.html", "report.md"))
+    assert html.count("<tbody") - (out / "seeds" / "report.html").read_text().count("<tbody") == 2
+    # in both: figures, students against controls, all columns, domains; on the page their curves too
+    assert html.count(">neurons 65%</th>") == markdown.count("\n| neurons 65% |") == 4
+    assert html.count("<h3>neurons 65%</h3>") == 1
+    assert html.count("beside, after distillation") == 2 and html.count("beside, just after pruning") == 1
+    for name in ("report.html", "report.md"):
+        assert "by the method named" in (out / "beside" / name).read_text()
+        assert "beside," not in (out / "seeds" / name).read_text()
+        assert "by the method named" not in (out / "seeds" / name).read_text()
 
 
 def test_no_cell_of_a_hostile_markdown_table_is_split(out: Path) -> None:
@@ -491,7 +571,7 @@ def test_the_json_is_the_summary_and_documents_every_field(out: Path) -> None:
 
 
 def test_the_same_summary_gives_the_same_bytes(out: Path, tmp_path: Path) -> None:
-    summary = sample((42, 123, 456))
+    summary = sample(SEEDS)
     before = copy.deepcopy(summary)
     render(summary, tmp_path)
     assert summary == before

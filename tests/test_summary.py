@@ -13,13 +13,19 @@ SEEDS = [1, 2]
 DENSE, COLLAPSED = 30.0, 300.0
 
 
+CASCADE = {
+    "seeds": SEEDS,
+    "rounds": [{"sparsity": 0.15}, {"sparsity": 0.65, "teacher": "dense+kd"}],
+    "beside": [{"method": "neurons", "sparsity": 0.65, "teacher": "dense+kd", "lr": 0.003}],
+}
+
+
 @pytest.fixture(scope="module")
 def summary():
-    tree = load(LAPTOP).model_dump(mode="json")
-    tree["cascade"] |= {
-        "seeds": SEEDS,
-        "rounds": [{"sparsity": 0.15}, {"sparsity": 0.65, "teacher": "dense+kd"}],
-    }
+    return summary_of(load(LAPTOP).model_dump(mode="json") | {"cascade": CASCADE})
+
+
+def summary_of(tree):
     config = parse(tree, "test")
     steps = plan(config, lambda source: {"path": source.path}, {})
     records = {
@@ -58,6 +64,8 @@ def metrics(step):
             return {"params": 50, "mlp_params": 20, "sparsity": step.identity["sparsity"]}
         case "cache":
             return {"tokens": 7}
+        case "statistics":
+            return {"layers": 4, "tokens": 7}
         case "tokenizer":
             return {"vocab_size": 9}
         case "export":
@@ -77,6 +85,7 @@ def test_rows_come_in_order_with_the_controls_beside(summary):
         "KL only",
         "Round 1",
         "Round 2",
+        "neurons 65%",
     ]
 
 
@@ -106,3 +115,43 @@ def test_teachers_are_named_with_their_own_perplexity(summary):
 
 def test_what_was_there_before_is_marked(summary):
     assert {step["name"] for step in summary["steps"] if step["reused"]} == {"dense"}
+
+
+def test_a_student_beside_the_rounds_has_a_rounds_figures_but_no_one_shot(summary):
+    found, round_ = row(summary, "neurons 65%"), row(summary, "Round 2")
+    assert (found["kind"], found["method"], found["oneshot_ppl"]) == ("beside", "neurons", None)
+    assert (found["sparsity_requested"], found["sparsity"], found["lr"]) == (0.65, 0.65, 0.003)
+    assert found["trained_tokens"] == 100  # pruned and distilled once
+    for key in ("ppl", "std", "per_seed", "pre_ppl", "recovered", "teacher", "teacher_ppl", "params"):
+        assert found[key] == round_[key], key
+    assert found["export"].startswith("artifacts/export/") and found["export"] != round_["export"]
+    assert [c["seed"] for c in summary["curves"] if c["stage"] == "neurons 65%"] == SEEDS
+
+
+def test_students_name_their_pruning_method(summary):
+    methods = {r["stage"]: r["method"] for r in summary["rows"]}
+    assert methods["Round 1"] == methods["Round 2"] == "svd, tiered"
+    assert methods["Dense"] is methods["CE only"] is None
+
+
+def test_rounds_may_prune_by_any_method_and_the_stand_in_may_be_of_any_family():
+    tree = load(LAPTOP).model_dump(mode="json") | {"cascade": CASCADE}
+    tree["prune"]["method"], tree["model"]["standin"]["family"] = "depth", "qwen3"
+    found = summary_of(tree)
+    assert [r["method"] for r in found["rows"][4:]] == ["depth", "depth", "neurons"]
+    assert row(found, "Round 2")["oneshot_ppl"] == COLLAPSED
+    assert "a stand-in of the Qwen3 architecture" in found["dense"]["note"]
+
+
+def test_a_student_equal_to_the_first_round_has_its_figures():
+    """The plan makes equal steps once, under their first name."""
+    tree = load(LAPTOP).model_dump(mode="json")
+    tree["cascade"] = {"rounds": [{"sparsity": 0.5}], "beside": [{"method": "neurons", "sparsity": 0.5}]}
+    tree["cascade"]["seeds"], tree["prune"]["method"] = SEEDS, "neurons"
+    found = summary_of(tree)
+    same, other = row(found, "Round 1"), row(found, "neurons 50%")
+    assert (same["kind"], other["kind"]) == ("round", "beside")
+    for key in ("artifact", "export", "per_seed", "trained_tokens"):
+        assert same[key] == other[key]
+    curves = [[c["seed"] for c in found["curves"] if c["stage"] == r["stage"]] for r in (same, other)]
+    assert curves == [SEEDS, SEEDS]

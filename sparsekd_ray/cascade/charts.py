@@ -21,6 +21,7 @@ Row = Mapping[str, Any]
 INK, MUTED, GRID = "#0000f0", "#0000f1", "#0000f2"
 SERIES = tuple(f"#0000a{i}" for i in range(8))
 CSS_NAMES = {"f0": "ink", "f1": "muted", "f2": "line"} | {f"a{i}": f"s{i}" for i in range(8)}
+BESIDE = SERIES[5]  # after the controls' colours
 MARKERS, GLYPHS = "os^DvPX*", "●■▲◆▼✚✖★"
 STYLE = {
     **{"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 10.5, "text.parse_math": False},
@@ -130,13 +131,22 @@ def scale(axes: "Axes", values: Sequence[float | None]) -> None:
 
 
 def size_chart(rows: Sequence[Row], collapse: bool) -> Markup:
-    """Perplexity against parameters: with the collapse before distillation, or only what is left after it."""
+    """Perplexity against parameters: with the collapse before distillation, or only what is left after it.
+
+    The rounds are lines. Students beside them are diamonds, with their names where the collapse is not shown.
+    """
     from matplotlib.ticker import MaxNLocator
 
     dense, rounds = rows[0], [row for row in rows if row["kind"] == "round"]
+    others = [row for row in rows if row["kind"] == "beside"]
     lines = [dense] if collapse else [dense, *(row for row in rows if row["kind"] == "control")]
     looks = {"ppl": (SERIES[0], "o-"), "pre_ppl": (SERIES[1], "o:"), "oneshot_ppl": (SERIES[4], "X--")}
     keys = list(looks) if collapse else ["ppl"]
+
+    def at(row: Row, key: str) -> float:
+        """Parameters; of a one-shot cut those that plain SVD keeps, where a round's method keeps another number."""
+        removed = row["sparsity_requested"] * dense["mlp_params"]
+        return dense["params"] - removed if key == "oneshot_ppl" else row["params"]
 
     def paint(axes: "Axes") -> None:
         for i, row in enumerate(lines):
@@ -145,22 +155,36 @@ def size_chart(rows: Sequence[Row], collapse: bool) -> Markup:
         for key in keys:
             hue, look = looks[key]
             ys, face = [finite(row[key]) for row in rounds], "none" if key == "pre_ppl" else hue
-            axes.plot([row["params"] for row in rounds], ys, look, color=hue, mfc=face, lw=1.6, ms=6)
+            axes.plot([at(row, key) for row in rounds], ys, look, color=hue, mfc=face, lw=1.6, ms=6)
         for row in rounds:
             if row["std"] and not collapse:
                 axes.errorbar(row["params"], finite(row["ppl"]), row["std"], color=SERIES[0], capsize=4)
             if math.isfinite(y := finite(row[keys[-1]])):
                 text = number(y) if collapse else percent(row["sparsity"], 0)
-                axes.annotate(text, (row["params"], y), (5, 5), textcoords="offset points")
+                axes.annotate(text, (at(row, keys[-1]), y), (5, 5), textcoords="offset points")
+        for row in others:
+            _diamonds(axes, row, collapse)
         axes.plot(dense["params"], finite(dense["ppl"]), "s", color=INK, ms=7)
         axes.margins(0.1, 0.16)
         axes.set_xlabel("parameters")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda value, _: count(value))
-        scale(axes, [row["ppl"] for row in lines] + [row[key] for row in rounds for key in keys])
+        scale(axes, [row["ppl"] for row in lines] + [row[key] for row in rounds + others for key in keys])
 
     points = "; ".join(f"{row['stage']} {percent(row['sparsity'])}: {number(row['ppl'])}" for row in rows)
     return draw(f"Perplexity against size{', with the collapse' if collapse else ''}. {points}", paint)
+
+
+def _diamonds(axes: "Axes", row: Row, collapse: bool) -> None:
+    """A student beside the rounds: hollow just after pruning, full and with its spread after distillation."""
+    x, y = row["params"], finite(row["ppl"])
+    axes.plot(x, y, "D", color=BESIDE, ms=6.5)
+    if collapse:
+        axes.plot(x, finite(row["pre_ppl"]), "D", color=BESIDE, mfc="none", ms=6.5)
+        return
+    axes.annotate(short(row["stage"]), (x, y), (6, -13), textcoords="offset points")
+    if row["std"]:
+        axes.errorbar(x, y, row["std"], color=BESIDE, capsize=4)
 
 
 def recovery_chart(stage: str, curves: Sequence[Row], dense: float | None) -> Markup:

@@ -1,24 +1,19 @@
 """What a cascade run shows, for people and for machines, from one plain dict.
 
-`findings` turns the figures into sentences: each is computed, none assumed, so a run that recovered nothing
-says so. `render` writes `report.html` (one self-contained file), `report.md` and `summary.json`: the dict
-with two keys more, "findings" and "fields", the meaning of each field as the glossary below lists it.
+`render` writes `report.html` (one self-contained file), `report.md` and `summary.json`: the dict with two keys
+more, "findings" (the figures in sentences) and "fields", the meaning of each field as the glossary below lists it.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsekd_ray.cascade import charts
 from sparsekd_ray.cascade.charts import Row, count, number, percent, signed
-
-COLLAPSE, RECOVERED, PARITY = 5.0, 0.90, 1.05  # what a reproduction is expected to show
-TIE = 0.01  # with one seed, smaller relative differences are called ties
-KD, CE, KL = CONTROLS = ("Dense + KD", "CE only", "KL only")
+from sparsekd_ray.cascade.findings import change, expectations, findings, has_excess, headline, of_kind
 
 # section | field: meaning; … where [] is each item of a list and * each key of a mapping; not finite is null
 GLOSSARY = """
@@ -30,11 +25,15 @@ corpus | artifact: store key; train_tokens: in the mix; warning: test text that 
 corpus.domains.* | train_tokens: in the mix; test_tokens: in the test split
 corpus.domains.* | in_dense_training: whether the dense model was trained on it, null if not known
 dense | artifact: store key; params: parameters; mlp_params: those in MLP matrices; note: about it, or null
-rows[] | stage: name of the model; kind: dense, control (full size, trained) or round (pruned, distilled)
+rows[] | stage: name of the model
+rows[] | kind: dense, control (full size, trained), round (pruned, distilled), beside (dense pruned once, distilled)
+rows[] | method: of pruning and, of an SVD, how it shares the budget out, null for dense and controls
 rows[] | sparsity_requested: fraction of MLP parameters to remove; sparsity: fraction removed, counted
-rows[] | params: parameters; mlp_params: those in MLP matrices; artifact: store key; lr: learning rate
+rows[] | params: parameters, zeros of a mask included; mlp_params: those in MLP matrices, zeros of a mask left out
+rows[] | artifact: store key; lr: learning rate
 rows[] | teacher: dense, dense+kd, previous or null; teacher_ppl: its perplexity
-rows[] | oneshot_ppl: plain SVD of dense to this size, untrained; pre_ppl: just after pruning, untrained
+rows[] | oneshot_ppl: plain SVD of dense to a round's requested size, all matrices alike, untrained
+rows[] | pre_ppl: just after pruning, untrained
 rows[] | ppl: perplexity (test split, sliding windows), mean over seeds; std: its standard deviation, or null
 rows[] | per_seed.*: perplexity by seed; disjoint_ppl: by windows that do not overlap; domains.*: by domain
 rows[] | vs_dense: ppl / dense ppl - 1; recovered: (pre - post) / (pre - dense), null for dense and controls
@@ -52,243 +51,6 @@ FIELDS = {
     for section, entries in (line.split("| ") for line in GLOSSARY.strip().splitlines())
     for name, meaning in (entry.split(": ", 1) for entry in entries.split("; "))
 }
-
-
-def change(row: Row, base: Row) -> float:
-    """Relative difference in perplexity; below 0, `row` is better."""
-    return row["ppl"] / base["ppl"] - 1
-
-
-def verdict(row: Row, base: Row) -> str:
-    """Better, worse or a tie: within 1 % with one seed, within both standard deviations with several."""
-    margin = ((row["std"] or 0) + (base["std"] or 0)) / base["ppl"] or TIE
-    return "a tie" if abs(change(row, base)) < margin else "better" if row["ppl"] < base["ppl"] else "worse"
-
-
-def compared(row: Row, base: Row) -> str:
-    return f"{signed(change(row, base))}, {verdict(row, base)}"
-
-
-def has_excess(row: Row, base: Row) -> bool:
-    """Whether pruning left more than a tie above `base`; otherwise the share recovered means nothing."""
-    return row["pre_ppl"] is not None and row["pre_ppl"] > base["ppl"] * (1 + TIE)
-
-
-def of_kind(summary: Row, kind: str) -> list[Row]:
-    """The rows of a kind, by growing sparsity."""
-    return sorted((row for row in summary["rows"] if row["kind"] == kind), key=lambda row: row["sparsity"])
-
-
-def sized(row: Row) -> str:
-    return f"{row['stage']} ({percent(row['sparsity'], 0)})"
-
-
-Check = tuple[str, bool | None, str]  # figure, whether it is as expected (None: not measured), sentence
-
-
-def expectations(summary: Row) -> list[dict[str, Any]]:
-    """What a reproduction should show, beside what this run shows: name, expected, figure, held, finding."""
-    dense, rounds = summary["rows"][0], of_kind(summary, "round")
-    named = {
-        ("Collapse without training", f"at least {COLLAPSE:g} × dense"): _collapse(dense, rounds),
-        ("Least recovered in a round", f"at least {percent(RECOVERED, 0)}"): _recovery(dense, rounds),
-        ("At the smallest sparsity", f"at most {PARITY:g} × dense"): _parity(dense, rounds),
-    }
-    found = []
-    for (name, expected), (figure, held, finding) in named.items():
-        finding = f"Not as expected ({expected}): {finding}" if held is False else finding
-        found.append({"name": name, "expected": expected, "figure": figure, "held": held, "finding": finding})
-    return found
-
-
-def _collapse(dense: Row, rounds: Sequence[Row]) -> Check:
-    measured = [row for row in rounds if row["oneshot_ppl"] is not None]
-    if not measured:
-        return "–", None, "The collapse of plain SVD without training was not measured."
-    row, ratio = measured[-1], measured[-1]["oneshot_ppl"] / dense["ppl"]
-    text = f"Plain SVD at {percent(row['sparsity'], 0)} sparsity, without training, has perplexity "
-    text += f"{number(row['oneshot_ppl'])}: {number(ratio)} × dense ({number(dense['ppl'])})."
-    return f"{number(ratio)} ×", ratio >= COLLAPSE, text
-
-
-def _recovery(dense: Row, rounds: Sequence[Row]) -> Check:
-    known = sorted((row for row in rounds if has_excess(row, dense)), key=lambda row: row["recovered"])
-    idle = [row for row in rounds if row["pre_ppl"] is not None and not has_excess(row, dense)]
-    moves = ", ".join(f"{row['stage']} ({number(row['pre_ppl'])} → {number(row['ppl'])})" for row in idle)
-    note = f" Nothing to recover, at most 1 % above dense after pruning: {moves}." if idle else ""
-    if not known:
-        return "–", None, f"No round had a measured excess over dense to recover.{note}"
-    shares = ", ".join(f"{row['stage']} {percent(row['recovered'])}" for row in known)
-    beyond = " (above 100 %: better than dense)" if known[-1]["recovered"] > 1 else ""
-    text = f"Share of the excess over dense that distillation recovered, least first: {shares}{beyond}.{note}"
-    return percent(known[0]["recovered"]), known[0]["recovered"] >= RECOVERED, text
-
-
-def _parity(dense: Row, rounds: Sequence[Row]) -> Check:
-    if not rounds:
-        return "–", None, "No model was pruned."
-    row, ratio = rounds[0], rounds[0]["ppl"] / dense["ppl"]
-    text = f"{sized(row)}, the smallest sparsity, ends at perplexity {number(row['ppl'])}: "
-    return f"{number(ratio)} ×", ratio <= PARITY, f"{text}{number(ratio)} × dense ({compared(row, dense)})."
-
-
-def findings(summary: Row) -> list[str]:
-    """What the figures say, in sentences. An expectation that does not hold is said plainly."""
-    parts = (_sizes, _order, _controls, _unmoved, _attribution, _students, _drift, _spread)
-    sentences = [check["finding"] for check in expectations(summary)]
-    return sentences + [sentence for part in parts for sentence in part(summary)]
-
-
-def _sizes(summary: Row) -> Iterator[str]:
-    rounds = of_kind(summary, "round")
-    misses = [(abs(row["sparsity"] - row["sparsity_requested"]), row["stage"]) for row in rounds]
-    far = ", ".join(f"{stage} by {percent(miss, 2)}" for miss, stage in misses if miss > 0.001)
-    if far:
-        yield f"Sizes miss the request by more than 0.1 % of the MLP parameters: {far}."
-    elif misses:
-        widest = percent(max(misses)[0], 2)
-        yield f"Every student has the requested size to within {widest} of the MLP parameters."
-
-
-def _order(summary: Row) -> Iterator[str]:
-    rounds = of_kind(summary, "round")
-    falls = [(a, b) for a, b in pairwise(rounds) if verdict(b, a) == "better"]
-    for a, b in falls:
-        yield f"Not monotone: {sized(b)} at {number(b['ppl'])} beats {sized(a)} at {number(a['ppl'])}."
-    if len(rounds) > 1 and not falls:
-        listed = ", ".join(f"{number(row['ppl'])} at {percent(row['sparsity'], 0)}" for row in rounds)
-        yield f"After distillation perplexity rises with sparsity, ties aside: {listed}."
-
-
-def shift(summary: Row, row: Row, domains: Sequence[str]) -> float:
-    """Change in log-perplexity from dense to `row`, summed over the test tokens of `domains`."""
-    about, dense = summary["corpus"]["domains"], summary["rows"][0]["domains"]
-    return math.fsum(about[d]["test_tokens"] * math.log(row["domains"][d] / dense[d]) for d in domains)
-
-
-def domains_of(summary: Row, seen: bool | None) -> list[str]:
-    """The evaluated domains that were in dense training, that were not, or (None) where it is not known."""
-    about = summary["corpus"]["domains"]
-    return [d for d in summary["rows"][0]["domains"] if about[d]["in_dense_training"] is seen]
-
-
-def _controls(summary: Row) -> Iterator[str]:
-    dense, controls, about = summary["rows"][0], of_kind(summary, "control"), summary["corpus"]["domains"]
-    if not controls:
-        return
-    each = (f"{row['stage']} {number(row['ppl'])} ({compared(row, dense)})" for row in controls)
-    yield f"Controls, trained at full size, against dense at {number(dense['ppl'])}: {'; '.join(each)}."
-    fresh, known = domains_of(summary, False), domains_of(summary, True)
-    if fresh and known:
-        for domains, where in ((fresh, "never seen in dense training"), (known, "seen in it")):
-            total = sum(about[d]["test_tokens"] for d in domains)
-            means = [(row["stage"], math.expm1(shift(summary, row, domains) / total)) for row in controls]
-            listed = ", ".join(f"{stage} {signed(mean)}" for stage, mean in means)
-            yield f"On {', '.join(domains)}, {where}: {listed}."
-
-
-def _unmoved(summary: Row) -> Iterator[str]:
-    """Stages whose kept weights are those they began with: their figure is no figure of training."""
-    for curve in summary["curves"]:
-        later = [point["valid_ppl"] for point in curve["points"] if point["step"] > 0]
-        if curve["best_step"] == 0 and later:
-            start, best = number(curve["points"][0]["valid_ppl"]), number(min(later))
-            yield (
-                f"{curve['stage']} (seed {curve['seed']}) was at its best on validation text before its first step "
-                f"({start}; at best {best} after it): the weights it started from were kept, and its figure is theirs."
-            )
-
-
-def _attribution(summary: Row) -> Iterator[str]:
-    """Where the gain of Dense + KD comes from: through which of its two signals, and in which text."""
-    dense, by_stage = summary["rows"][0], {row["stage"]: row for row in of_kind(summary, "control")}
-    missing = [stage for stage in CONTROLS if stage not in by_stage]
-    if missing:
-        yield f"Where a gain comes from cannot be said without every control; missing: {', '.join(missing)}."
-        return
-    both = by_stage[KD]
-    if verdict(both, dense) != "better":
-        yield f"No gain to attribute: {KD} is no better than dense ({compared(both, dense)})."
-        return
-    alone = tuple(stage for stage in (CE, KL) if verdict(by_stage[stage], dense) == "better")
-    signal = {
-        (CE,): "cross-entropy, not self-distillation",
-        (KL,): "self-distillation, not cross-entropy",
-        (CE, KL): "either signal",
-        (): "the two signals together, for neither gains alone",
-    }[alone]
-    gain = {stage: math.log1p(change(row, dense)) for stage, row in by_stage.items()}
-    shares = "".join(f"; {stage} has {percent(gain[stage] / gain[KD], 0)} of it" for stage in alone)
-    yield f"The gain of {KD} comes through {signal}{shares}."
-    yield f"The teacher's KL on top of cross-entropy, {KD} against {CE}: {compared(both, by_stage[CE])}."
-    fresh = domains_of(summary, False)
-    if domains_of(summary, None):
-        yield "Which domains the dense model was trained on is not known: new text cannot be told from known."
-        return
-    if not fresh:
-        yield "Every domain was in dense training: the gain is more training on known text, not new text."
-        return
-    total = shift(summary, both, list(dense["domains"]))
-    if total < 0:
-        part = shift(summary, both, fresh) / total
-        share = "More than all" if part > 1 else percent(part, 0)
-        what = "mostly new text learnt" if part >= 0.5 else "mostly a better fit to text the dense model knew"
-        yield f"{share} of that gain, in log-perplexity, lies in {', '.join(fresh)}: it is {what}."
-
-
-def _students(summary: Row) -> Iterator[str]:
-    controls, rounds = of_kind(summary, "control"), of_kind(summary, "round")
-    if not controls or not rounds:
-        return
-    base = next((row for row in controls if row["stage"] == KD), controls[0])
-    listed = "; ".join(f"{sized(row)} {compared(row, base)}" for row in rounds)
-    yield f"Against {base['stage']}, which learnt from the same text at full size: {listed}."
-    excess = [row for row in rounds if has_excess(row, base)]
-    parts = [(row["pre_ppl"] - row["ppl"]) / (row["pre_ppl"] - base["ppl"]) for row in excess]
-    if parts:
-        listed = ", ".join(f"{row['stage']} {percent(part)}" for row, part in zip(excess, parts, strict=True))
-        yield f"Recovered, with {base['stage']} as the floor in place of dense: {listed}."
-    ratios = [(row["trained_tokens"] / max(base["trained_tokens"], 1), row["stage"]) for row in rounds]
-    longer = ", ".join(f"{stage} on {ratio:.1f} ×" for ratio, stage in ratios if abs(ratio - 1) > TIE)
-    if longer:
-        amount = f"the {count(base['trained_tokens'])} tokens of {base['stage']}"
-        yield f"That is not at equal compute: cumulatively, {longer} {amount}."
-
-
-def _drift(summary: Row) -> Iterator[str]:
-    dense, found = summary["rows"][0]["domains"], []
-    for row in summary["rows"][1:]:
-        moved = sorted((ppl / dense[name] - 1, name) for name, ppl in row["domains"].items())
-        if moved[0][0] <= -TIE and moved[-1][0] >= TIE:
-            ends = ", ".join(f"{name} {signed(by)}" for by, name in (moved[-1], moved[0]))
-            found.append(f"{row['stage']} ({ends})")
-    if found:
-        yield f"Drift against dense, which a mean hides; worst and best domain: {'; '.join(found)}."
-    elif len(dense) < 2:
-        yield "With one domain, drift between domains cannot be seen."
-    else:
-        yield "No drift: no model is worse than dense in one domain and better in another."
-
-
-def _spread(summary: Row) -> Iterator[str]:
-    row = max(summary["rows"], key=lambda row: (row["std"] or 0) / row["ppl"])
-    if row["std"]:
-        widest = f"± {number(row['std'])}, in {row['stage']}"
-        yield f"Means over {len(summary['seeds'])} seeds; the widest standard deviation is {widest}."
-    else:
-        reason = "One seed" if len(summary["seeds"]) == 1 else "No standard deviation over seeds"
-        yield f"{reason}: the spread is not known, so differences under 1 % are called ties."
-
-
-def headline(summary: Row) -> str:
-    dense, rounds = summary["rows"][0], of_kind(summary, "round")
-    start = f"dense model of {count(dense['params'])} parameters at perplexity {number(dense['ppl'])}"
-    if not rounds:
-        return f"A {start}; nothing was pruned."
-    last, plural = rounds[-1], "s" if len(rounds) > 1 else ""
-    end = f"{count(last['params'])} with {percent(last['sparsity'], 0)} of its MLP parameters removed"
-    ppl = f"perplexity {number(last['ppl'])} ({signed(change(last, dense))})"
-    return f"From a {start}, {len(rounds)} round{plural} of pruning and distillation lead to {end}, at {ppl}."
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

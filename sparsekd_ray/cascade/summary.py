@@ -7,10 +7,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sparsekd_ray.cascade import console
-from sparsekd_ray.cascade.plan import Step, seeded
-from sparsekd_ray.config import Config
+from sparsekd_ray.cascade.steps import Step, seeded
+from sparsekd_ray.config import Beside, Config, Round
 
 Records = Mapping[str, dict[str, Any]]
+FAMILIES = {"phi3": "Phi-3", "qwen3": "Qwen3"}
 CONTROLS = {"dense+kd": "Dense + KD", "ce-only": "CE only", "kl-only": "KL only"}
 
 
@@ -25,7 +26,7 @@ def summarise(config: Config, steps: list[Step], records: Records, run: Mapping[
         "protocol": _protocol(figures),
         "corpus": _corpus(config, book),
         "dense": _dense(config, book),
-        "rows": [_dense_row(book), *_control_rows(config, book), *_round_rows(config, book)],
+        "rows": [_dense_row(book), *_control_rows(config, book), *_student_rows(config, book)],
         "curves": _curves(config, book),
         "steps": [_step(step, book, run["reused"]) for step in steps],
         "settings": config.model_dump(mode="json"),
@@ -43,6 +44,11 @@ class _Book:
 
     def metrics(self, name: str) -> dict[str, Any]:
         return self.records[name]["metrics"]
+
+    def trained(self, name: str, config: Config, seed: int) -> str:
+        """The step that trains `name`; of a student beside the rounds that equals the first, that round's."""
+        own = seeded(name, config, seed)
+        return own if own in self.steps else seeded("round 1", config, seed)
 
     def figures(self, model: str) -> dict[str, Any]:
         """What was measured of a model, by the name of the step that made it."""
@@ -92,12 +98,12 @@ def _corpus(config: Config, book: _Book) -> dict[str, Any]:
 
 
 def _dense(config: Config, book: _Book) -> dict[str, Any]:
-    metrics = book.metrics("dense")
+    metrics, standin = book.metrics("dense"), config.model.standin
     note = (
-        f"The dense model is a stand-in of the Phi-3 architecture with {metrics['params'] / 1e6:.2f} M parameters, "
-        f"trained by this cascade on {metrics['tokens']:,} tokens: small and partly trained. Its figures show that "
-        "the system works, not what a large model would do."
-        if config.model.standin
+        f"The dense model is a stand-in of the {FAMILIES[standin.family]} architecture with "
+        f"{metrics['params'] / 1e6:.2f} M parameters, trained by this cascade on {metrics['tokens']:,} tokens: small "
+        "and partly trained. Its figures show that the system works, not what a large model would do."
+        if standin
         else None
     )
     keys = ("params", "mlp_params")
@@ -122,18 +128,26 @@ def _control_rows(config: Config, book: _Book) -> list[dict[str, Any]]:
     ]
 
 
-def _round_rows(config: Config, book: _Book) -> list[dict[str, Any]]:
+def _students(config: Config) -> list[tuple[str, str, Round | Beside]]:
+    """Title, name of the step and settings of the rounds, then of the students of other methods."""
+    rounds = [(f"Round {n}", f"round {n}", round_) for n, round_ in enumerate(config.cascade.rounds, start=1)]
+    return [*rounds, *((branch.title, branch.title, branch) for branch in config.cascade.beside)]
+
+
+def _student_rows(config: Config, book: _Book) -> list[dict[str, Any]]:
     return [
-        _trained_row(config, book, f"Round {number}", "round", f"round {number}", number)
-        for number in range(1, len(config.cascade.rounds) + 1)
+        _trained_row(
+            config, book, title, "round" if isinstance(settings, Round) else "beside", name, settings
+        )
+        for title, name, settings in _students(config)
     ]
 
 
 def _trained_row(
-    config: Config, book: _Book, title: str, kind: str, name: str, number: int | None
+    config: Config, book: _Book, title: str, kind: str, name: str, student: Round | Beside | None
 ) -> dict[str, Any]:
-    """The row of one control or round, over all seeds."""
-    names = {str(seed): seeded(name, config, seed) for seed in config.cascade.seeds}
+    """The row of one control or student, over all seeds."""
+    names = {str(seed): book.trained(name, config, seed) for seed in config.cascade.seeds}
     first = names[str(config.cascade.seeds[0])]
     step, metrics = book.steps[first], book.metrics(first)
     source = book.steps[step.inputs["student"]]
@@ -149,16 +163,16 @@ def _trained_row(
     }
     teacher = book.steps[book.steps[step.inputs["cache"]].inputs["teacher"]]
     row |= {"teacher": "dense", "teacher_ppl": book.figures(teacher.name)["sliding"]["ppl"]}
-    if number is None:
+    if student is None:
         return row | {"sparsity_requested": 0.0}
-    round_ = config.cascade.rounds[number - 1]
     pre = fmean(book.figures(book.steps[n].inputs["student"])["sliding"]["ppl"] for n in names.values())
     excess = pre - book.dense_ppl
     export = book.by_input["export", first]
     return row | {
-        "teacher": round_.teacher,
-        "sparsity_requested": round_.sparsity,
-        "oneshot_ppl": _oneshot(book, round_.sparsity),
+        "method": ", ".join(source.identity[k] for k in ("method", "allocation") if k in source.identity),
+        "teacher": student.teacher,
+        "sparsity_requested": student.sparsity,
+        "oneshot_ppl": _oneshot(book, student.sparsity) if isinstance(student, Round) else None,
         "pre_ppl": pre,
         "recovered": (pre - row["ppl"]) / excess if excess > 0 else None,
         "export": export.ref.key,
@@ -178,6 +192,7 @@ def _row(book: _Book, title: str, kind: str, figures: dict[str, dict[str, Any]])
         "disjoint_ppl": fmean(f["disjoint"]["ppl"] for f in figures.values()),
         "domains": {d: fmean(f["sliding"]["domains"][d]["ppl"] for f in figures.values()) for d in domains},
         "vs_dense": ppl / book.dense_ppl - 1,
+        "method": None,
         "teacher": None,
         "teacher_ppl": None,
         "oneshot_ppl": None,
@@ -195,7 +210,10 @@ def _oneshot(book: _Book, sparsity: float) -> float:
     step = next(
         s
         for s in book.steps.values()
-        if s.kind == "prune" and s.identity["sparsity"] == sparsity and s.identity["allocation"] == "uniform"
+        if s.kind == "prune"
+        and s.inputs["model"] == "dense"
+        and (s.identity["method"], s.identity["sparsity"], s.identity.get("allocation"))
+        == ("svd", sparsity, "uniform")
     )
     return book.figures(step.name)["sliding"]["ppl"]
 
@@ -210,14 +228,16 @@ def _trained_tokens(book: _Book, name: str) -> int:
 
 def _curves(config: Config, book: _Book) -> list[dict[str, Any]]:
     titles: list[tuple[str, str]] = [(CONTROLS[c], c) for c in config.cascade.controls]
-    titles += [(f"Round {n}", f"round {n}") for n in range(1, len(config.cascade.rounds) + 1)]
+    titles += [(title, name) for title, name, _ in _students(config)]
     keys = ("step", "tokens", "valid_ppl", "valid_domains")
     return [
         {
             "stage": title,
             "seed": seed,
-            "best_step": book.metrics(seeded(name, config, seed))["best_step"],
-            "points": [{k: p[k] for k in keys} for p in book.metrics(seeded(name, config, seed))["history"]],
+            "best_step": book.metrics(book.trained(name, config, seed))["best_step"],
+            "points": [
+                {k: p[k] for k in keys} for p in book.metrics(book.trained(name, config, seed))["history"]
+            ],
         }
         for title, name in titles
         for seed in config.cascade.seeds
