@@ -109,11 +109,20 @@ def report(
     else:
         _render(config, steps, records, store, facts)
     say(f"\nreport   {store.root}/{folder}/report.html")
+    if any(step.kind == "export" for step in steps):
+        best = _best_export(steps, records)
+        say(f"model    {store.root}/{best.ref.key}/{exported(records[best.name])}")
+        say(f"load it  {load_command(store, best, records[best.name])}")
+
+
+def _best_export(steps: list[Step], records: dict[str, dict[str, Any]]) -> Step:
+    """Of the students of the largest sparsity, the one of the lowest perplexity."""
     exports = [step for step in steps if step.kind == "export"]
-    if exports:
-        last = exports[-1]
-        say(f"model    {store.root}/{last.ref.key}/{exported(records[last.name])}")
-        say(f"load it  {load_command(store, last, records[last.name])}")
+    smallest = max(step.identity["sparsity"] for step in exports)
+    return min(
+        (step for step in exports if step.identity["sparsity"] == smallest),
+        key=lambda step: records[step.inputs["figures"]]["metrics"]["sliding"]["ppl"],
+    )
 
 
 def _reported(summary: str | None) -> list[str] | None:
