@@ -109,6 +109,58 @@ def test_keep_is_rising_and_takes_the_lower_of_equal_ones() -> None:
         neurons.keep(score / 0 * 0, 2)
 
 
+# elimination
+
+
+def refit_error(h: torch.Tensor, W: torch.Tensor, K: list[int]) -> float:
+    """Of the best down projection of these neurons."""
+    solution = torch.linalg.lstsq(h[:, K], h @ W.T).solution
+    return float((h @ W.T - h[:, K] @ solution).square().sum())
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(5, 12), (20, 9), (1, 8)])
+def test_each_elimination_is_the_cheapest_there_is(hidden: int, inner: int) -> None:
+    h = activations(300, inner, inner, seed=hidden)
+    W = torch.randn(hidden, inner, dtype=torch.float64, generator=torch.Generator().manual_seed(inner))
+    left = list(range(inner))
+    for width in range(inner - 1, 0, -1):
+        left = min(([k for k in left if k != i] for i in left), key=lambda K: refit_error(h, W, K))
+        assert neurons.eliminate(W, h.T @ h, width, TINY).tolist() == left
+    assert neurons.eliminate(W, h.T @ h, inner).tolist() == list(range(inner))
+
+
+def test_of_twins_one_stays() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(100, 10, generator=generator).repeat(1, 2)
+    W = torch.randn(4, 20, generator=generator)
+    kept = neurons.eliminate(W, h.T @ h, 10, 1e-6)
+    assert sorted(k % 10 for k in kept.tolist()) == list(range(10))
+    assert refit_error(h, W, kept.tolist()) < 1e-6
+
+
+def test_rounds_of_many_neurons_come_near_to_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = activations(400, 120, 90)
+    W = torch.randn(30, 120, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram, errors = h.T @ h, []
+    for rounds in (120, 15):  # 1 neuron a round, 8 a round
+        monkeypatch.setattr(neurons, "ROUNDS", rounds)
+        kept = neurons.eliminate(W, gram, 45)
+        assert len(set(kept.tolist())) == 45 and kept.equal(kept.sort().values)
+        errors.append(refit_error(h, W, kept.tolist()))
+    leverage = refit_error(h, W, neurons.keep(neurons.leverage(gram), 45).tolist())
+    assert errors[1] < 1.1 * errors[0] and errors[0] < leverage
+
+
+def test_elimination_of_silent_neurons_goes_by_their_weights() -> None:
+    W = torch.tensor([[3.0, 1, 2, 0]])
+    assert neurons.eliminate(W, torch.zeros(4, 4), 2).tolist() == [0, 2]
+    assert neurons.eliminate(torch.zeros(1, 4), torch.eye(4), 2).tolist() == [2, 3]
+    with pytest.raises(ModelError, match="gram_II holds NaN"):
+        neurons.eliminate(W, torch.eye(4) / 0, 2)
+    with pytest.raises(ValueError, match="allowed: 1 to 4"):
+        neurons.eliminate(W, torch.eye(4), 0)
+
+
 # refit
 
 
