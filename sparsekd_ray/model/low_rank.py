@@ -176,13 +176,13 @@ def tensor_parallel_plan(config: Any, stock: Mapping[str, str]) -> dict[str, str
         ranks.setdefault(name.rpartition(".")[2], []).append(rank)
     gauge, separate = config.mlp_storage == "gauge", "layers.*.mlp.gate_proj" in stock
     mixed = any(len(found) < config.num_hidden_layers for found in ranks.values())
-    joint = separate and "gate_up_proj" in ranks
-    gathered = not separate or mixed or joint or config.mlp_bias or (gauge and "down_proj" in ranks)
+    joint = len(ranks.get("gate_up_proj", ())) if separate else 0
+    gathered = not separate or mixed or joint > 0 or config.mlp_bias or (gauge and "down_proj" in ranks)
     styles = (Phi3Config if gathered else Qwen3Config).base_model_tp_plan or {}
     wide = styles["layers.*.mlp.gate_up_proj" if gathered else "layers.*.mlp.gate_proj"]
     narrow = styles["layers.*.mlp.down_proj"]
     dense = {"down_proj": narrow} if "down_proj" not in ranks else {}
-    if not joint or mixed:
+    if joint < config.num_hidden_layers:
         wides = ("gate_proj", "up_proj") if separate else ("gate_up_proj",)
         dense |= {leaf: wide for leaf in wides if leaf not in ranks}
     low_rank: dict[str, str] = {}
