@@ -48,7 +48,7 @@ def figure(kind: str, record: dict[str, Any]) -> str:
             return f"validation PPL {metrics['valid_ppl']:.2f} ({metrics['stopped']})"
         case "evaluate":
             return f"PPL {metrics['sliding']['ppl']:.2f}"
-    forms = [name for name, found in metrics.items() if isinstance(found, dict)]
+    forms = [name for name, found in metrics.items() if "params" in found]
     return f"{metrics[forms[0]]['params']:,} parameters; {' and '.join(forms)}"
 
 
