@@ -48,9 +48,7 @@ def main() -> int:
                 return 0
             raise ConfigError(f"found {mode!r} where `run` or `compare` belongs")
         config, chosen = cli.parse(__doc__, rest, options)
-        wrong = [s for s in chosen.sparsity or () if not 0 < s < 1]
-        if wrong:
-            raise ConfigError(f"--sparsity {wrong[0]:g}: a share between 0 and 1 of the MLP parameters")
+        check(mode, chosen)
         if mode == "run":
             run(config, chosen)
         else:
@@ -58,6 +56,16 @@ def main() -> int:
     except SparseKDError as error:
         return cli.fail(error)
     return 0
+
+
+def check(mode: str, chosen: argparse.Namespace) -> None:
+    wrong = [s for s in chosen.sparsity or () if not 0 < s < 1]
+    if wrong:
+        raise ConfigError(f"--sparsity {wrong[0]:g}: a share between 0 and 1 of the MLP parameters")
+    if mode == "run" and (chosen.methods or chosen.distill or chosen.draws != 1):
+        raise ConfigError("--methods, --draws and --distill belong to compare; run takes --prune.method")
+    if chosen.draws < 1:
+        raise ConfigError(f"--draws {chosen.draws}: one sample of the calibration text at least")
 
 
 def run(config: cli.Config, chosen: argparse.Namespace) -> None:

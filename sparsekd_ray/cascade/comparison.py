@@ -25,7 +25,8 @@ SHOWN = (
     "method", "allocation", "sparsity", "mlp_params", "ppl_all", "ppl_std", "ppl_after", "predicted_loss", "seconds",
     "flops_per_token", "prefill_speedup", "prefill_limit", "decode_speedup", "decode_limit",
 )  # fmt: skip
-CHANGES = {
+PLAINEST = {"allocation": "uniform", "storage": "factors", "bias": False, "drop": "block"}
+CHANGES: dict[str, dict[str, Any]] = {
     **{rule: {"allocation": rule} for rule in get_args(Allocation)},
     "gauge": {"storage": "gauge"},
     "bias": {"bias": True},
@@ -42,7 +43,10 @@ def variant(text: str, base: Prune) -> Prune:
             f"no pruning method {text!r}: give one of {', '.join(get_args(Method))}, followed by any of "
             f"{', '.join('+' + change for change in CHANGES)}"
         )
-    values = {"method": method, "allocation": "uniform"}
+    idle = [change for change in changes if not CHANGES[change].keys() & set(steps.PRUNE_FIELDS[method])]
+    if idle:
+        raise ConfigError(f"{text!r}: +{idle[0]} changes nothing in {method}; leave it out")
+    values = PLAINEST | {"method": method}
     for change in changes:
         values |= CHANGES[change]
     return base.model_copy(update=values)

@@ -20,13 +20,12 @@ from typing import Any
 import yaml
 
 from sparsekd_ray import corpus
-from sparsekd_ray.cascade import console
+from sparsekd_ray.cascade import budget, console
 from sparsekd_ray.cascade.plan import plan
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import source
-from sparsekd_ray.prune.allocate import max_sparsity
 from sparsekd_ray.store import Store
 
 Say = Callable[[str], None]
@@ -57,22 +56,20 @@ def main(config: Config, command: str, dry_run: bool, say: Say) -> None:
 
 def preflight(config: Config) -> list[Step]:
     """The plan, once every setting that can be checked without work has been; changes nothing."""
-    shapes = source.mlp_shapes(config.model)
-    if shapes and config.cascade.rounds:
-        limit, asked = max_sparsity(shapes, config.prune.align), config.cascade.rounds[-1].sparsity
-        if asked > limit:
-            raise ConfigError(
-                f"cascade.rounds asks for sparsity {asked:g}; truncated SVD of this model with ranks in multiples of "
-                f"{config.prune.align} can remove at most {limit:.4f} of the MLP parameters"
-            )
+    budget.check_cascade(config, source.mlp_shapes(config.model))
+    check_vocabulary(config)
+    identity = {} if config.model.standin else source.identify(config.model)
+    return plan(config, corpus.identify, identity)
+
+
+def check_vocabulary(config: Config) -> None:
+    """ConfigError if the teacher is to keep more ids than there are, as far as that is known before any work."""
     standin, shape = config.model.standin, config.model.shape
     vocab = standin.vocab if standin else shape.vocab if shape else None
     if vocab is not None and config.teacher.signal == "topk" and config.teacher.k >= vocab:
         raise ConfigError(
             f"teacher.k is {config.teacher.k}, the vocabulary has {vocab} entries: k must be smaller"
         )
-    identity = {} if standin else source.identify(config.model)
-    return plan(config, corpus.identify, identity)
 
 
 def find(steps: list[Step], store: Store) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd_ray import corpus
-from sparsekd_ray.cascade import comparison, console, job, steps
+from sparsekd_ray.cascade import budget, comparison, console, job, steps
 from sparsekd_ray.cascade.steps import Book, Step
 from sparsekd_ray.config import Config
 from sparsekd_ray.each import here
@@ -51,6 +51,12 @@ def compare(
     """All methods at equal sizes; the rows of the table, also kept in the run's directory with a drawing."""
     identity = {} if config.model.standin else source.identify(config.model)
     arguments = (methods, sparsities, draws)
+    shapes = source.mlp_shapes(config.model)
+    for text in methods:
+        for sparsity in sparsities:
+            settings = comparison.variant(text, config.prune)
+            budget.check(f"--sparsity {sparsity:g}", shapes, settings, [sparsity])
+    job.check_vocabulary(config)
     planned, names = comparison.plan(config, *arguments, distilled, corpus.identify, identity)
     store = job.open_store(config)
     if dry_run:
@@ -78,6 +84,8 @@ def make(config: Config, planned: list[Step], store: Store, say: Say) -> dict[st
 
 
 def _plan_one(config: Config, sparsity: float) -> list[Step]:
+    budget.check(f"--sparsity {sparsity:g}", source.mlp_shapes(config.model), config.prune, [sparsity])
+    job.check_vocabulary(config)
     book = Book(config)
     steps.dense(book, corpus.identify, {} if config.model.standin else source.identify(config.model))
     steps.prune(book, PRUNED, sparsity, "dense", config.prune)
@@ -112,13 +120,15 @@ def _add_speeds(
     device, dtype = ("cuda", "bfloat16") if config.execution.gpus else ("cpu", "float32")
     torch.set_num_threads(config.execution.threads)
     dense = checkpoint.load(store.fetch(made["dense"][0].ref), dtype=dtype, device=device)
-    prompt = min(PROMPT, dense.config.max_position_embeddings - NEW_TOKENS)
+    context = dense.config.max_position_embeddings
+    new_tokens = min(NEW_TOKENS, context // 2)
+    prompt = min(PROMPT, context - new_tokens)
     names = [comparison.title(text, sparsity, draws[0]) for sparsity in sparsities for text in methods]
     rows[0] |= {"flops_per_token": speed.flops_per_token(dense, prompt)}
     for row, name in zip(rows[1:], names, strict=True):
         student = checkpoint.load(store.fetch(made[name][0].ref), dtype=dtype, device=device)
         row |= {"flops_per_token": speed.flops_per_token(student, prompt)}
-        row |= speed.compare(dense, student, prompt=prompt, new_tokens=NEW_TOKENS, repeats=REPEATS)
+        row |= speed.compare(dense, student, prompt=prompt, new_tokens=new_tokens, repeats=REPEATS)
         say(f"speed of {name}: prefill {row['prefill_speedup']:.2f} ×, decode {row['decode_speedup']:.2f} ×")
 
 

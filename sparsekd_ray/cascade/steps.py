@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekd_ray.config import Config, Corpus, Distill, Prune, Settings, Source, Standin
+from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.store import Ref
 
 # raised when a stage's code changes what it computes, so that older artifacts are not taken for new ones
@@ -180,6 +181,8 @@ def prune(
     settings = Prune(
         method=settings.method, **settings.model_dump(include=set(PRUNE_FIELDS[settings.method]))
     )
+    if settings.method == "sdm":
+        _check_temperature(settings, book.config)
     inputs = {"model": source, "dense": "dense"}
     identity = _plain(settings, *(set(Prune.model_fields) - {"method", *PRUNE_FIELDS[settings.method]}))
     identity |= {"sparsity": sparsity}
@@ -203,6 +206,16 @@ def prune(
     label = f"{settings.method}-{settings.allocation}" if settings.method in LOW_RANK else settings.method
     label = f"{label}-{percent(sparsity).rstrip('%')}"
     book.add(name, "prune", label, identity, inputs, (sparsity, settings, calibrate))
+
+
+def _check_temperature(settings: Prune, config: Config) -> None:
+    """The settings are checked when they are read, but for methods that only a comparison names."""
+    stored = config.teacher.temperatures + ((1.0,) if config.teacher.signal == "topk" else ())
+    if settings.temperature not in stored:
+        raise ConfigError(
+            f"sdm reads the teacher at prune.temperature {settings.temperature:g}, but the cache will hold only "
+            f"{', '.join(f'{t:g}' for t in stored)}: add it to teacher.temperatures"
+        )
 
 
 def cache(book: Book, teacher: str) -> str:

@@ -41,7 +41,7 @@ def prune(task: Task, each: Each, say: Say) -> dict[str, Any]:
     not finite, or is of a form that the method does not cut.
     """
     start, method = time.perf_counter(), task.settings.method
-    _check_form(task)
+    check_form(task)
     make = {
         "svd": factorise.student,
         "svd-whitened": factorise.student,
@@ -87,8 +87,9 @@ def _zeros(out: Path) -> int:
     return total
 
 
-def _check_form(task: Task) -> None:
-    """Refuses what would be cut in half: stock methods need stock matrices, masks are not cut again by others."""
+def check_form(task: Task) -> None:
+    """ModelError for what would be cut in half: stock methods need stock matrices, masks are not cut again by other
+    methods, and biases are kept only by what adds some."""
     values, method = checkpoint.config_dict(task.folder()), task.settings.method
     checkpoint.check_supported(values)
     low_rank = method in ("svd", "svd-whitened")
@@ -96,6 +97,11 @@ def _check_form(task: Task) -> None:
         raise ModelError(
             f"{task.folder()} is low-rank already, and {method} cuts stock models only: cut the dense model, or go on "
             "with svd or svd-whitened"
+        )
+    if checkpoint.mlp_form(values)[1] and not task.settings.bias:
+        raise ModelError(
+            f"{task.folder()} has biases in its low-rank matrices, which {method} without prune.bias would lose: go on "
+            "with svd-whitened and prune.bias"
         )
     if (mask := values.get("mlp_mask")) and method != mask:
         raise ModelError(

@@ -51,7 +51,7 @@ def plan(task: Task, each: Each, say: Say) -> Plan:
     """Ranks of all matrices under the budget."""
     folder = task.folder()
     shapes = checkpoint.shapes_from_config(folder)
-    names = [*shapes, *(pairs := _pairs(shapes))]
+    names = [*shapes, *(pairs := _pairs(task, shapes))]
     shapes |= {name: (2 * shapes[gate][0], shapes[gate][1]) for name, (gate, _) in pairs.items()}
     spectra: dict[str, np.ndarray] = {}
     for index, sigma_k in each(spectrum, [(task, name) for name in names]):
@@ -122,7 +122,8 @@ def factors(task: Task, name: str, rank: int) -> None:
         order_n, U_mr, C_rs = gauge.gauge(B_mr, A_rn)
         held = {"U.weight": U_mr, "C.weight": C_rs, "order": order_n}
     if mean_n is not None:
-        held["bias"] = svd.mean_bias(W_mn, B_mr, A_rn, mean_n)
+        bias_m = _held(task, name)[0].get("bias", torch.zeros(len(W_mn)))  # of an earlier round
+        held["bias"] = svd.mean_bias(W_mn, B_mr, A_rn, mean_n) + bias_m.to(W_mn.device)
     dtype = _stored_type(task, name)
     task.publish(name, {key: t.to(dtype) if t.is_floating_point() else t for key, t in held.items()}, about)
 
@@ -149,15 +150,16 @@ def problem(task: Task, name: str) -> Problem:
 
 def matrix(task: Task, name: str) -> torch.Tensor:
     """One MLP matrix in float64, without loading the model; gate and up stacked under their joint name."""
+    return torch.cat([low_rank.product(tensors) for tensors in _held(task, name)])
+
+
+def _held(task: Task, name: str) -> list[Tensors]:
+    """What is stored of a matrix: once, or of gate and up where the joint name is not the model's own."""
     folder, leaf = task.folder(), _place(name)[1]
     held = [tensors_below(folder, name)]
     if leaf == "gate_up_proj" and not held[0]:
         held = [tensors_below(folder, name.replace(leaf, part)) for part in ("gate_proj", "up_proj")]
-    W_mn = torch.cat([low_rank.product(tensors) for tensors in held])
-    with naming(name):
-        if not torch.isfinite(W_mn).all():
-            raise ValueError("holds NaN or infinity: the file is damaged or the training diverged")
-    return W_mn
+    return held
 
 
 def _mean_fisher(found: Tensors, part: str) -> torch.Tensor:
@@ -177,20 +179,23 @@ def _place(name: str) -> tuple[int, str]:
     return int(found[1]), name.rpartition(".")[2]
 
 
-def _pairs(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[str, str]]:
-    """Joint name → gate and up, of every layer where these are two matrices."""
+def _pairs(task: Task, shapes: Shapes) -> dict[str, tuple[str, str]]:
+    """Joint name → gate and up, of every layer where these are two dense matrices that may become one.
+
+    None in plain SVD, which is of single matrices in the paper; and factors are never forced together afterwards.
+    """
+    if task.settings.method == "svd":
+        return {}
     gates = [name for name in shapes if name.endswith("gate_proj")]
-    return {n.replace("gate_proj", "gate_up_proj"): (n, n.replace("gate_proj", "up_proj")) for n in gates}
+    pairs = {n.replace("gate_proj", "gate_up_proj"): (n, n.replace("gate_proj", "up_proj")) for n in gates}
+    held = checkpoint.mlp_ranks(task.folder())
+    return {joint: pair for joint, pair in pairs.items() if not held.keys() & set(pair)}
 
 
 def _joint_wins(
     task: Task, shapes: Shapes, spectra: Mapping[str, np.ndarray], joint: str, pair: tuple[str, str]
 ) -> bool:
     """Whether one basis for both loses less than one each, at the budget's share of their parameters."""
-    if task.settings.method == "svd" or any(name in checkpoint.mlp_ranks(task.folder()) for name in pair):
-        return (
-            False  # the paper's SVD is of single matrices, and factors are never forced together afterwards
-        )
     losses = {name: _tail(spectra[name], shapes[name], task) for name in (joint, *pair)}
     return losses[joint] < losses[pair[0]] + losses[pair[1]]
 
@@ -214,11 +219,7 @@ def _ordered(shapes: Shapes) -> Shapes:
 
 
 def _stored_type(task: Task, name: str) -> torch.dtype:
-    return next(
-        t.dtype
-        for t in tensors_below(task.folder(), name.rpartition(".")[0]).values()
-        if t.is_floating_point()
-    )
+    return next(t.dtype for t in _held(task, name)[0].values() if t.is_floating_point())
 
 
 def _replace(state: Tensors, name: str, found: Tensors) -> None:

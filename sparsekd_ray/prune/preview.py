@@ -8,6 +8,7 @@ from typing import Any
 from sparsekd_ray.each import Each
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.prune import factorise, widths
+from sparsekd_ray.prune.apply import check_form
 from sparsekd_ray.prune.cost import parameters
 from sparsekd_ray.prune.task import Task
 
@@ -17,6 +18,7 @@ Row = dict[str, Any]
 def table(task: Task, each: Each, say: Callable[[str], None]) -> list[Row]:
     """A row per matrix or layer: its name, what it becomes, its parameters then and now, and the predicted loss in nat
     per token where statistics predict one. Raises what the pruning itself would."""
+    check_form(task)
     match task.settings.method:
         case "svd" | "svd-whitened":
             return _low_rank(task, factorise.plan(task, each, say))

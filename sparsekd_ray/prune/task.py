@@ -54,10 +54,7 @@ class Task:
         """The model in the type it is stored in; ModelError, naming the tensor, if a weight is not finite."""
         model = checkpoint.load(self.folder(), dtype="auto", device=device)
         for name, tensor in model.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise ModelError(
-                    f"{name} holds NaN or infinity: the file is damaged or the training diverged"
-                )
+            _finite(name, tensor)
         return model
 
     def layer(self, index: int) -> Tensors:
@@ -99,14 +96,23 @@ def _place(name: str) -> str:
 
 
 def tensors_below(folder: Path, name: str) -> Tensors:
-    """The tensors of one module of a model directory, by the rest of their names; nothing else is read."""
+    """The tensors of one module of a model directory, by the rest of their names; nothing else is read.
+
+    ModelError, naming the tensor, if one is not finite.
+    """
     found: Tensors = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118, a file is no mapping
                 if key.startswith(f"{name}."):
-                    found[key.removeprefix(f"{name}.")] = file.get_tensor(key)
+                    found[key.removeprefix(f"{name}.")] = _finite(key, file.get_tensor(key))
     return found
+
+
+def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"{name} holds NaN or infinity: the file is damaged or the training diverged")
+    return tensor
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparsekd_ray.each import Each
-from sparsekd_ray.errors import ConfigError, ModelError
+from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.model.mlp import MLP, layer_count, mlp_weights, view, with_width, without_layers
 from sparsekd_ray.prune import calibrate, depth, masks, neurons, sdm
@@ -125,13 +125,10 @@ def width_of(task: Task) -> int:
     """Neurons of every layer afterwards."""
     values = checkpoint.config_dict(task.folder())
     hidden, layers = values["hidden_size"], values["num_hidden_layers"]
-    width = neurons.width(task.dense_mlp_params, task.sparsity, hidden, layers, task.settings.align)
-    if width >= values["intermediate_size"]:
-        raise ConfigError(
-            f"sparsity {task.sparsity:g} leaves {width} neurons a layer, and this model has "
-            f"{values['intermediate_size']}: ask for a larger sparsity"
-        )
-    return width
+    present = values["intermediate_size"]
+    return neurons.width(
+        task.dense_mlp_params, task.sparsity, hidden, layers, task.settings.align, present=present
+    )
 
 
 def share_of(task: Task) -> float:
