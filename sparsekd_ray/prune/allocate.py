@@ -1,40 +1,36 @@
 """How much each matrix keeps under an exact parameter budget. Pure: names, spectra and counts in, ranks out.
 
-A matrix of m by n costs m n parameters while dense and r (m + n) as a product of rank r, so factors save
-something only below the break-even rank m n / (m + n); a matrix that would need more stays dense.
+A matrix's options, in rising cost, are the multiples of `align` that save something (`cost.py`), then what it is
+now: dense, or the rank it has. Truncation to rank r loses the energy Σ_{i>r} σ² of the matrix's spectrum. Rules:
 
-SparseKD's tiered rule: every matrix keeps the smallest rank that retains its tier's share of spectral
-energy Σ σ². One number ε = 1 − τ is the energy that any matrix may lose; the protected ones (first and last
-layer, every down_proj) may lose half of it. ε is bisected until the count comes to the budget. Spectra of
-language models are flat and ranks come in whole steps, so the last steps are a subset-sum problem: the few
-changes nearest to the bisected solution, found exactly, that bring the count within 0.1 % of the MLP's
-parameters, or as near as whole steps allow.
+- uniform: every matrix keeps the same share of its parameters.
+- energy: one number ε = 1 − τ is the share of its energy that any matrix may lose; every matrix keeps the
+  smallest rank that does. ε is bisected until the count comes to the budget.
+- tiered (SparseKD): as energy, but the protected matrices (first and last layer, every down_proj) may lose half.
+- optimal: the least sum of weight × energy lost, over all choices that meet the budget. With whitened spectra and
+  no weights this is the squared error of all MLP outputs; with Fisher scalars as weights, nats per token.
 
-A matrix's options, in rising cost, are the multiples of `align` that save something, then what it is now.
+Spectra of language models are flat and ranks come in whole steps, so whatever the rule, the count is within 0.1 % of
+the original MLP's parameters, or as near as whole steps allow: the searches are in `knapsack.py`.
 """
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.prune import knapsack
+from sparsekd_ray.prune.cost import aligned_ranks, parameters
+from sparsekd_ray.prune.knapsack import Options
 
 TOLERANCE = 1e-3  # of the original dense MLP parameters: how near the budget is near enough
+GAP = 1e-2  # of the loss: how far from proven the optimal rule may stay, where proving would take too long
 
+Rule = Literal["uniform", "tiered", "energy", "optimal"]
 Shapes = Mapping[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What one matrix may become, cheapest first, ending with what it is now."""
-
-    ranks: tuple[int | None, ...]  # None: dense
-    costs: np.ndarray  # [options] parameters, rising
-    losses: (
-        np.ndarray
-    )  # [options] share of energy lost, doubled if protected so that one ε bounds all; falling
+Ranks = dict[str, int | None]
 
 
 def protected_names(names: Collection[str]) -> frozenset[str]:
@@ -44,69 +40,96 @@ def protected_names(names: Collection[str]) -> frozenset[str]:
     return frozenset(name for name in names if layers.get(name) in edges or name.endswith("down_proj"))
 
 
-def aligned_ranks(m: int, n: int, align: int) -> range:
-    """Multiples of `align` below the break-even rank: r (m + n) < m n."""
-    return range(align, -(-m * n // (m + n)), align)
-
-
-def max_sparsity(shapes: Shapes, align: int) -> float:
+def max_sparsity(shapes: Shapes, align: int, gauge: bool = False, bias: bool = False) -> float:
     """The largest share of dense MLP parameters that low rank can remove: every matrix at rank `align`.
 
     A matrix too small to save anything even there stays dense.
     """
     dense = sum(m * n for m, n in shapes.values())
-    least = sum(align * (m + n) if aligned_ranks(m, n, align) else m * n for m, n in shapes.values())
+    ranks = [next(iter(aligned_ranks(m, n, align, gauge, bias)), None) for m, n in shapes.values()]
+    least = sum(parameters(m, n, r, gauge, bias) for (m, n), r in zip(shapes.values(), ranks, strict=True))
     return 1 - least / dense
 
 
-def tiered(
+def choose(
+    rule: Rule,
     spectra: Mapping[str, np.ndarray],
     shapes: Shapes,
     sparsity: float,
     align: int,
     dense_mlp_params: int,
-    protected: Collection[str],
-) -> dict[str, int | None]:
-    """Ranks by the tiered energy rule, `None` where the matrix stays dense.
+    *,
+    weights: Mapping[str, float] | None = None,
+    protected: Collection[str] = frozenset(),
+    gauge: bool = False,
+    bias: bool = False,
+) -> Ranks:
+    """The rank of every matrix by this rule, `None` where it stays dense.
 
-    spectra: singular values of each matrix, largest first; fewer than min(m, n) of them mean that the
-    matrix is already a product of that rank, which can only fall. sparsity: share of `dense_mlp_params`
-    (the original model's MLP, before any round) to be absent afterwards. Raises ConfigError where no choice
-    of ranks comes near the budget.
+    spectra: singular values of each matrix, largest first; fewer than min(m, n) of them mean that the matrix is
+    already a product of that rank, stored as `gauge` and `bias` say, which can only fall. sparsity: share of
+    `dense_mlp_params` (the original model's MLP, before any round) to be absent afterwards. weights: of the optimal
+    rule, 1 where not given. protected: of the tiered rule. Raises ConfigError where no choice of ranks comes near
+    the budget, ValueError for a spectrum or weight that is not finite or is negative.
     """
-    names = list(shapes)
-    table = [_options(spectra[name], *shapes[name], align, name in protected) for name in names]
+    _check_numbers(spectra, shapes, weights)
+    table = []
+    for name, (m, n) in shapes.items():
+        tail = _tail(spectra[name])
+        by_share = (2 if rule == "tiered" and name in protected else 1) / (tail[0] or 1.0)
+        scale = _weight(weights, name) if rule == "optimal" else by_share
+        table.append(_options(scale * tail, m, n, align, gauge, bias))
     target, tolerance = round(dense_mlp_params * (1 - sparsity)), TOLERANCE * dense_mlp_params
     _check_budget(table, sparsity, target, tolerance, dense_mlp_params, align)
-    chosen = _repair(table, _bisect(table, target), target, tolerance)
-    return {name: options.ranks[i] for name, options, i in zip(names, table, chosen, strict=True)}
+    if rule == "optimal":
+        chosen = _optimal(table, target, tolerance)
+    else:
+        start = _even(table, shapes, 1 - sparsity) if rule == "uniform" else _bisect(table, target)
+        chosen = knapsack.repair(table, start, target, tolerance)
+    return {name: o.ranks[i] for name, o, i in zip(shapes, table, chosen, strict=True)}
 
 
-def uniform(
-    spectra: Mapping[str, np.ndarray], shapes: Shapes, sparsity: float, align: int, dense_mlp_params: int
-) -> dict[str, int | None]:
-    """Ranks that leave every matrix the same share of its parameters; arguments and errors as in `tiered`."""
-    names = list(shapes)
-    table = [_options(spectra[name], *shapes[name], align, False) for name in names]
-    target, tolerance = round(dense_mlp_params * (1 - sparsity)), TOLERANCE * dense_mlp_params
-    _check_budget(table, sparsity, target, tolerance, dense_mlp_params, align)
-    shares = [(1 - sparsity) * m * n for m, n in shapes.values()]
-    start = [int(np.argmin(np.abs(o.costs - share))) for o, share in zip(table, shares, strict=True)]
-    chosen = _repair(table, start, target, tolerance)
-    return {name: options.ranks[i] for name, options, i in zip(names, table, chosen, strict=True)}
+def losses(
+    spectra: Mapping[str, np.ndarray],
+    shapes: Shapes,
+    ranks: Mapping[str, int | None],
+    weights: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """weight × Σ_{i>r} σ² of every matrix: what truncation to these ranks is predicted to lose; dense loses 0."""
+    tails = {name: _tail(spectra[name]) for name in shapes}
+    kept = {name: len(spectra[name]) if ranks[name] is None else int(ranks[name] or 0) for name in shapes}
+    return {name: float(_weight(weights, name) * tails[name][kept[name]]) for name in shapes}
 
 
-def _options(sigma_k: np.ndarray, m: int, n: int, align: int, protected: bool) -> Options:
-    low_rank = len(sigma_k) < min(m, n)
-    present = (len(sigma_k), len(sigma_k) * (m + n)) if low_rank else (None, m * n)
-    ranks = [r for r in aligned_ranks(m, n, align) if r * (m + n) < present[1]]
+def _tail(sigma_k: np.ndarray) -> np.ndarray:
+    """[k + 1] Σ_{i>r} σ² for every rank r from 0 to k."""
     energy_k = np.asarray(sigma_k, dtype=np.float64) ** 2
-    tail = np.append(np.cumsum(energy_k[::-1])[::-1], 0.0)  # tail[r] = Σ_{i>r} σ²
-    losses = np.append(tail[ranks], 0.0) / (tail[0] or 1.0)
+    return np.append(np.cumsum(energy_k[::-1])[::-1], 0.0)
+
+
+def _weight(weights: Mapping[str, float] | None, name: str) -> float:
+    return 1.0 if weights is None else weights[name]
+
+
+def _check_numbers(
+    spectra: Mapping[str, np.ndarray], shapes: Shapes, weights: Mapping[str, float] | None
+) -> None:
+    for name in shapes:
+        if not np.isfinite(spectra[name]).all():
+            raise ValueError(f"the spectrum of {name} holds NaN or infinity")
+        if not 0 <= _weight(weights, name) < np.inf:
+            raise ValueError(f"the weight of {name} is {_weight(weights, name)}; allowed: finite, from 0 up")
+
+
+def _options(loss: np.ndarray, m: int, n: int, align: int, gauge: bool, bias: bool) -> Options:
+    held = len(loss) - 1 if len(loss) - 1 < min(m, n) else None
+    present = parameters(m, n, held, gauge, bias)
+    costs = {r: parameters(m, n, r, gauge, bias) for r in aligned_ranks(m, n, align, gauge, bias)}
+    ranks = [r for r, cost in costs.items() if cost < present]
     return Options(
-        ranks=(*ranks, present[0]),
-        costs=np.array([*(r * (m + n) for r in ranks), present[1]]),
-        losses=losses * (2 if protected else 1),
+        ranks=(*ranks, held),
+        costs=np.array([*(costs[r] for r in ranks), present], dtype=np.int64),
+        losses=np.append(loss[ranks], 0.0),
     )
 
 
@@ -122,6 +145,14 @@ def _check_budget(
         )
 
 
+def _even(table: list[Options], shapes: Shapes, share: float) -> list[int]:
+    """Options whose cost is nearest to this share of the dense matrix."""
+    return [
+        int(np.argmin(np.abs(o.costs - share * m * n)))
+        for o, (m, n) in zip(table, shapes.values(), strict=True)
+    ]
+
+
 def _bisect(table: list[Options], target: int) -> list[int]:
     """Options at the ε whose count is nearest to the target: below, or one step of ε above."""
 
@@ -132,57 +163,18 @@ def _bisect(table: list[Options], target: int) -> list[int]:
     low, high = 0, len(steps) - 1
     while low < high:  # the smallest ε that meets the budget
         middle = (low + high) // 2
-        low, high = (low, middle) if _count(table, at(steps[middle])) <= target else (middle + 1, high)
+        fits = knapsack.count(table, at(steps[middle])) <= target
+        low, high = (low, middle) if fits else (middle + 1, high)
     candidates = [at(steps[i]) for i in (low, max(low - 1, 0))]
-    return min(candidates, key=lambda chosen: abs(_count(table, chosen) - target))
+    return min(candidates, key=lambda chosen: abs(knapsack.count(table, chosen) - target))
 
 
-def _count(table: list[Options], chosen: list[int]) -> int:
-    return sum(int(o.costs[i]) for o, i in zip(table, chosen, strict=True))
-
-
-def _repair(table: list[Options], start: list[int], target: int, tolerance: float) -> list[int]:
-    """The least disturbance that is near enough, looking one step up and down first, then further."""
-    reach, chosen = 1, start
-    while abs(_count(table, chosen) - target) > tolerance:
-        edges = [(i - reach, i + reach + 1, len(o.costs)) for o, i in zip(table, start, strict=True)]
-        windows = [range(max(low, 0), min(high, size)) for low, high, size in edges]
-        chosen = _nearest(table, start, windows, target, tolerance)
-        if all(low <= 0 and high >= size for low, high, size in edges):
-            break  # every combination has been seen
-        reach *= 2
+def _optimal(table: list[Options], target: int, tolerance: float) -> list[int]:
+    """The least sum of losses within tolerance of the target, or at the nearest count that there is."""
+    chosen, gap = knapsack.least_loss(table, target, tolerance)
+    if gap > GAP * knapsack.loss(table, chosen):
+        raise ConfigError(
+            f"the allocation found loses {knapsack.loss(table, chosen):.4g}, and it is not proven that none loses "
+            f"{gap:.2g} less, which is more than {GAP:.0%}: raise prune.align, so that there are fewer choices"
+        )
     return chosen
-
-
-def _nearest(
-    table: list[Options], start: list[int], windows: list[range], target: int, tolerance: float
-) -> list[int]:
-    """One option per matrix from its window, so that the count is within tolerance or else nearest to target.
-
-    Among those, the smallest sum of changed losses. Exact dynamic programming over the reachable counts.
-
-    Matrices have few distinct shapes, so sums coincide and the states stay few. Sums that can no longer
-    come within one step of the target are dropped: single steps lead from below it to above it, so no best
-    answer lies further away.
-    """
-    costs = [o.costs[w.start : w.stop] for o, w in zip(table, windows, strict=True)]
-    ends = [(c[0], c[-1]) for c in reversed(costs)]
-    rest = np.cumsum([(0, 0), *ends], axis=0)[::-1]  # rest[i]: cheapest and dearest sum of matrices i and on
-    aim = int(np.clip(target, *rest[0]))
-    slack = max(tolerance, *(int(np.diff(c).max(initial=0)) for c in costs))
-    sums, change, history = np.zeros(1, dtype=np.int64), np.zeros(1), []
-    for i, (o, w) in enumerate(zip(table, windows, strict=True)):
-        all_sums = (sums[:, None] + costs[i]).ravel()
-        all_change = (change[:, None] + np.abs(o.losses[w.start : w.stop] - o.losses[start[i]])).ravel()
-        near = (all_sums + rest[i + 1, 0] <= aim + slack) & (all_sums + rest[i + 1, 1] >= aim - slack)
-        order = np.flatnonzero(near)
-        order = order[np.lexsort((all_change[order], all_sums[order]))]
-        order = order[np.append(True, np.diff(all_sums[order]) > 0)]  # of equal sums, the least change
-        history.append(order)  # state → which state and option it came from
-        sums, change = all_sums[order], all_change[order]
-    excess = np.maximum(np.abs(sums - target) - tolerance, 0)
-    state, chosen = int(np.lexsort((change, excess))[0]), []
-    for w, order in zip(reversed(windows), reversed(history), strict=True):
-        state, option = divmod(int(order[state]), len(w))
-        chosen.append(w.start + option)
-    return chosen[::-1]
