@@ -190,6 +190,8 @@ class Prune(Settings):
     """Of a low-rank matrix: two factors, or the smaller pivoted form: r (m + n − r) parameters, not r (m + n)."""
     bias: bool = False
     """Whitened SVD: add the mean output that the factors miss, one bias per matrix."""
+    score: Literal["elimination", "leverage"] = "elimination"
+    """neurons: taken out one by one, each time the one that costs least after the refit, or all at once by leverage."""
     drop: Literal["block", "influence"] = "block"
     """depth: the consecutive layers that turn the residual stream least, or the single layers of least influence."""
     alpha: float = Field(0.4, ge=0, le=1)

@@ -17,7 +17,8 @@ from sparsekd_ray.config import Allocation, Config, Method, Prune
 from sparsekd_ray.errors import ConfigError
 
 ALL = (
-    "svd", "svd-whitened", "svd-whitened+optimal", "svd-whitened+optimal+gauge", "neurons", "sdm", "depth",
+    "svd", "svd-whitened", "svd-whitened+optimal", "svd-whitened+optimal+gauge", "neurons", "neurons+leverage",
+    "sdm", "depth",
     "wanda", "magnitude",
 )  # fmt: skip
 SPARSITIES = (0.15, 0.35, 0.5, 0.65)
@@ -31,6 +32,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gauge": {"storage": "gauge"},
     "bias": {"bias": True},
     "influence": {"drop": "influence"},
+    "leverage": {"score": "leverage"},
 }
 
 

@@ -46,7 +46,7 @@ class Step:
 PRUNE_FIELDS = {  # of the settings, which bear on each method
     "svd": ("allocation", "align", "storage"),
     "svd-whitened": ("allocation", "align", "storage", "bias"),
-    "neurons": ("align",),
+    "neurons": ("align", "score"),
     "sdm": ("align", "alpha", "temperature"),
     "depth": ("drop",),
     "wanda": (),

@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 CARDS = {
     "svd": "Low-rank student by truncated SVD",
     "svd-whitened": "Low-rank student by SVD in the metric of its activations",
-    "neurons": "Narrower student: neurons of least leverage removed, the rest refitted",
+    "neurons": "Narrower student: the neurons missed least removed, the rest refitted",
     "sdm": "Narrower student: neurons of least SDMPrune importance removed, the rest refitted",
     "depth": "Shallower student: layers removed",
     "wanda": "Masked student: weights zeroed by Wanda's score",
@@ -45,7 +45,7 @@ def prune(task: Task, each: Each, say: Say) -> dict[str, Any]:
     make = {
         "svd": factorise.student,
         "svd-whitened": factorise.student,
-        "neurons": widths.by_leverage,
+        "neurons": widths.by_activations,
         "sdm": widths.by_gradients,
         "depth": widths.shallower,
         "wanda": widths.masked,

@@ -26,8 +26,8 @@ Made = tuple[Any, dict[str, Any]]  # a model, and facts about it
 MASKED = "masked"
 
 
-def by_leverage(task: Task, each: Each, say: Say) -> Made:
-    """Neurons of least leverage removed from every layer, the others refitted to do their work."""
+def by_activations(task: Task, each: Each, say: Say) -> Made:
+    """The neurons missed least removed from every layer, the others refitted to do their work."""
     return _narrower(task, width_of(task), None, each, say)
 
 
@@ -82,17 +82,19 @@ def zeroed(task: Task) -> None:
 
 
 def narrow(task: Task, layer: int, width: int, kept: list[int] | None) -> None:
-    """A piece: publishes one layer's MLP with `width` neurons, those `kept` or else those of most leverage."""
+    """A piece: publishes one layer's MLP with `width` neurons, those `kept` or else those that activations choose."""
     about = {"width": width, "kept": kept}
     if task.published(_name(layer), about) is not None:
         return
     held = tensors_below(task.folder(), f"model.layers.{layer}.mlp")
     mlp = MLP(*(part.to(task.device) for part in view(_in_order(held))))
     gram_II = task.layer(layer)["inner.gram"].to(task.device)
-    if kept is None:
-        kept_K = neurons.keep(neurons.leverage(gram_II, neurons.RIDGE), width)
-    else:
+    if kept is not None:
         kept_K = torch.tensor(kept, device=task.device)
+    elif task.settings.score == "leverage":
+        kept_K = neurons.keep(neurons.leverage(gram_II), width)
+    else:
+        kept_K = neurons.eliminate(mlp.down_DI, gram_II, width)
     task.publish(_name(layer), neurons.prune_mlp(mlp, gram_II, kept_K, neurons.RIDGE)._asdict(), about)
 
 
