@@ -9,6 +9,7 @@ from test_checkpoint import FAMILIES, dense_directory, dense_model, logits
 
 from sparsekd_ray.errors import ConfigError, ModelError
 from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import held as held_zeros
 from sparsekd_ray.model.mlp import mlp_of, mlp_weights, with_mlps
 from sparsekd_ray.prune import masks
 
@@ -176,7 +177,7 @@ def test_bad_values_are_named() -> None:
 def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, held: bool) -> None:
     model = masks.wanda(dense_model(family, True).to(dtype), text(4), 0.5, silent).train()
     before = {name: weight.detach().clone() for name, weight in weights(model).items()}
-    zeros = masks.hold(model) if held else {name: weight == 0 for name, weight in before.items()}
+    zeros = held_zeros.hold(model) if held else {name: weight == 0 for name, weight in before.items()}
     assert {name: int(z.sum()) for name, z in zeros.items()} == {
         n: int((w == 0).sum()) for n, w in before.items()
     }
@@ -185,7 +186,7 @@ def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, 
         model(input_ids=text(), labels=text()).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    violations = masks.violations(model, zeros)
+    violations = held_zeros.violations(model, zeros)
     if not held:
         assert set(violations) == set(zeros)
         return
@@ -197,15 +198,15 @@ def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, 
 
 def test_violations_name_the_matrix_and_hold_needs_a_mask() -> None:
     model = masks.magnitude(dense_model("qwen3", True), 0.5, silent)
-    zeros = masks.hold(model)
+    zeros = held_zeros.hold(model)
     name = "model.layers.1.mlp.up_proj"
     weights(model)[name].data[zeros[name]] = 1.0
-    assert masks.violations(model, zeros) == {name: int(zeros[name].sum())}
-    assert masks.hold(dense_model("qwen3", True)) == {}
+    assert held_zeros.violations(model, zeros) == {name: int(zeros[name].sum())}
+    assert held_zeros.hold(dense_model("qwen3", True)) == {}
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_a_zero() -> None:
     model = masks.magnitude(dense_model("phi3", True), 0.5, silent)
-    zeros = masks.hold(model)
+    zeros = held_zeros.hold(model)
     (sum(weight.sum() for weight in weights(model).values()) * torch.inf).backward()
     assert all((weight.grad[zeros[name]] == 0).all() for name, weight in weights(model).items())

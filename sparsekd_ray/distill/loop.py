@@ -34,8 +34,7 @@ from sparsekd_ray.distill.reader import SampleReader
 from sparsekd_ray.errors import IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, window_starts
 from sparsekd_ray.kept import Kept, tag
-from sparsekd_ray.model import checkpoint
-from sparsekd_ray.prune import masks
+from sparsekd_ray.model import checkpoint, held
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import payload, shards
 from sparsekd_ray.teacher.signal import Target
@@ -108,7 +107,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     model = checkpoint.load(source)
     _check(reader.manifest, model.config.vocab_size, corpus.read_manifest(texts), job)
     _freeze(model, settings)
-    zeros = masks.hold(model)
+    zeros = held.hold(model)
     if execution.recompute:
         model.activation_checkpointing_enable()
     steps = schedule.total_steps(reader.samples, settings.batch, settings.epochs)
@@ -153,7 +152,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     if rank == 0:
         for name, parameter in model.named_parameters():
             parameter.data.copy_(best[name])
-        if lost := masks.violations(model, zeros):
+        if lost := held.violations(model, zeros):
             raise ModelError(
                 f"{job.title}: training moved masked weights off zero, {lost}; nothing was committed"
             )

@@ -1,9 +1,9 @@
 """Low-rank pruning of a whole model: a spectrum of every matrix, ranks under one budget, then the factors.
 
-Spectra and factors are pieces, one for each matrix, that may run anywhere. With statistics at hand, singular values are
-scaled so that Σ_{i>r} σ_i² is the predicted loss of rank r in nat per token: half the mean Fisher scalar of the
-matrix's outputs times the mean squared error of an output, which is the second-order term of the loss where outputs
-are taken as independent and alike. In a fused gate and up each half has a scale of its own, a row weight.
+Spectra and factors are pieces, one for each matrix, that may run anywhere. With statistics at hand, every output (row)
+is weighted by its Fisher scalar, so that Σ_{i>r} σ_i² is the predicted loss of rank r in nat per token: half the sum
+over outputs of Fisher scalar times mean squared error, the second-order term of the loss where outputs are taken as
+independent. So what the model is sensitive to is kept, in each matrix and between them.
 
 Gate and up of a Qwen3 layer, two matrices of the same input, become one low-rank matrix with a shared basis where that
 predicts the smaller loss at the same number of parameters (methods: as SVD-LLM's whitening, with one right factor).
@@ -138,7 +138,7 @@ def problem(task: Task, name: str) -> Problem:
     found = task.layer(layer)
     side, tokens = "inner" if leaf == "down_proj" else "input", int(found["tokens"])
     gram_nn, sum_n = (found[f"{side}.{part}"].double().to(task.device) for part in ("gram", "sum"))
-    fisher_m = torch.cat([_mean_fisher(found, part) for part in _parts(leaf, found)]).to(task.device)
+    fisher_m = torch.cat([found[f"fisher.{part}"] for part in _parts(leaf, found)]).double().to(task.device)
     if not whitened:  # plain SVD takes the inputs as independent and alike
         energy = gram_nn.diagonal().mean() / tokens
         return Problem(W_mn, None, (fisher_m.mean() * energy / 2).sqrt().expand(len(W_mn)), None)
@@ -160,12 +160,6 @@ def _held(task: Task, name: str) -> list[Tensors]:
     if leaf == "gate_up_proj" and not held[0]:
         held = [tensors_below(folder, name.replace(leaf, part)) for part in ("gate_proj", "up_proj")]
     return held
-
-
-def _mean_fisher(found: Tensors, part: str) -> torch.Tensor:
-    fisher_m = found[f"fisher.{part}"].double()
-    halves = fisher_m.chunk(2) if part == "gate_up_proj" else (fisher_m,)
-    return torch.cat([half.mean().expand(len(half)) for half in halves])
 
 
 def _parts(leaf: str, found: Tensors) -> tuple[str, ...]:

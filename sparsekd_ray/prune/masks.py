@@ -1,4 +1,4 @@
-"""Zeros in place of single weights: Wanda and magnitude pruning, and how the zeros are held through training.
+"""Zeros in place of single weights: Wanda and magnitude pruning (`model/held.py` holds them through training).
 
 These are controls. They show what is lost when shapes stay as they are: nothing gets smaller or faster, since a
 dense matrix product costs the same with zeros in it. The result is a stock model whose config says `mlp_mask`.
@@ -145,39 +145,3 @@ def _unmasked_copy(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
             f"{zeros / total:.4f} and below 1"
         )
     return with_mlps(model, mlps)
-
-
-def hold(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """From now on, the MLP weights that are zero get no gradient, so that AdamW leaves them exactly zero.
-
-    Without a gradient there is no momentum, and the decay of zero is zero. The hooks sit on the parameters
-    themselves and act before any optimiser, partitioned or not, sees a gradient. Call it before training, once.
-    Returns what is held, module name → zeros [m, n] (True), for `violations`; nothing where the model's config
-    carries no `mlp_mask`.
-    """
-    if not getattr(model.config, "mlp_mask", None):
-        return {}
-    layers = range(layer_count(model))
-    weights = {name: w for layer in layers for name, w in mlp_weights(model, layer).items()}
-    zeros = {name: weight.detach() == 0 for name, weight in weights.items()}
-    for name, weight in weights.items():
-        if weight.requires_grad:
-            weight.register_hook(_zeroing(zeros, name))
-    return zeros
-
-
-def _zeroing(zeros: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    def zeroed(gradient_mn: torch.Tensor) -> torch.Tensor:
-        zeros[name] = zeros[name].to(gradient_mn.device)  # an engine may have moved the model since
-        return gradient_mn.masked_fill(zeros[name], 0)
-
-    return zeroed
-
-
-def violations(model: PreTrainedModel, zeros: dict[str, torch.Tensor]) -> dict[str, int]:
-    """How many weights that `hold` found zero are not zero now, by module name; empty if the masks were held."""
-    counts = {}
-    for name, zeros_mn in zeros.items():
-        weight: Any = model.get_submodule(name).weight
-        counts[name] = int((weight.detach()[zeros_mn.to(weight.device)] != 0).sum())
-    return {name: count for name, count in counts.items() if count}

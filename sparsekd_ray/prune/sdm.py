@@ -5,10 +5,10 @@ For one calibration sample, with g the gradient of its loss, neuron i contribute
 the first-order change of the loss if these three weights went (their signed sum: what they do together). The
 importance of neuron i is the mean over j of the sum over samples. Attention is untouched, all layers keep as many.
 
-The loss is to be the KL to the unpruned model, which knows more than one-hot labels. But a model is at zero
-distance from itself, and there the gradient is zero too. Hence two phases: a small cut by cross-entropy alone, then
-the slightly cut model is scored with (1 − α) · CE + α · KL and cut to size. The teacher comes from the cache, at its
-own temperature (the paper: below 1); the student's is 1.
+The loss is to be the KL to the unpruned model, which knows more than one-hot labels. But at temperature 1 a model is at
+zero distance from itself, and there the gradient is zero too. Hence two phases: a small cut by cross-entropy alone,
+then the slightly cut model is scored with (1 − α) · CE + α · KL and cut to size. The teacher comes from the cache, at
+its own temperature (the paper: below 1, where the distance is not quite zero); the student's is 1.
 
 Shapes: L tokens of a sample, D hidden size, I neurons, K neurons kept.
 """
