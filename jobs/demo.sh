@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/${BIN:-.venv/bin}:$PATH"
 export RAY_AUTH_MODE=token
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when the job is over, nothing is left to wait half a minute for
+export RAY_num_workers_soft_limit=$(($(nproc) + 2)) # a stage and its pieces keep their processes between steps
 export OMP_WAIT_POLICY=passive # waiting threads sleep and leave the cores to other work
 store=${STORE:-$PWD/store}
 address=${RAY_ADDRESS:-http://127.0.0.1:8265}

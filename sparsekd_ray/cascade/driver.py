@@ -241,6 +241,8 @@ def connected(execution: Execution, say: Say) -> Iterator[None]:
             ) from None
     else:
         cpus = max(os.cpu_count() or 1, needed)
+        # a stage and its pieces are one process more than there are cores; a new one would import torch again
+        os.environ.setdefault("RAY_num_workers_soft_limit", str(cpus + 2))
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     try:
         _check_resources(execution, needed, say)
