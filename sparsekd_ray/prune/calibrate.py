@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import tempfile
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from sparsekd_ray.config import Calibrate
 from sparsekd_ray.each import Each
 from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelError
 from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model.mlp import require_finite
 from sparsekd_ray.prune import statistics
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher.forward import tokens
@@ -95,7 +95,8 @@ def measure(
         directory = store.fetch(model)
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     loaded = checkpoint.load(directory, dtype=dtype, device=device)
-    _check_weights(loaded)
+    for name, tensor in loaded.state_dict().items():
+        require_finite(name, tensor)
     if not todo:
         _publish(store, out, STACK, statistics.stack(loaded, ids_BL))
         return
@@ -191,17 +192,8 @@ def _check_tokens(manifest: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"warning: {told}, fewer than {TOKENS_PER_INPUT} for each: the statistics are noisy; {advice}")
 
 
-def _check_weights(model: Any) -> None:
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise ModelError(f"{name} holds NaN or infinity: the file is damaged or the training diverged")
-
-
 def _publish(store: Store, out: Ref, name: str, tensors: dict[str, Tensor]) -> None:
     if store.pull(out, name):  # another attempt was faster
         return
-    with store.building(out) as folder:
-        passing = folder / f".{name}.{uuid.uuid4().hex}.tmp"  # whole or not at all
-        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, passing)
-        passing.replace(folder / name)
-        store.publish(out, name)
+    with store.publishing(out, name) as path:
+        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, path)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sparsekd_ray.config import Calibrate, Prune
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model.mlp import require_finite
 from sparsekd_ray.prune import calibrate
 from sparsekd_ray.store import CHECKPOINTS, Ref, Store
 
@@ -54,7 +55,7 @@ class Task:
         """The model in the type it is stored in; ModelError, naming the tensor, if a weight is not finite."""
         model = checkpoint.load(self.folder(), dtype="auto", device=device)
         for name, tensor in model.state_dict().items():
-            _finite(name, tensor)
+            require_finite(name, tensor)
         return model
 
     def layer(self, index: int) -> Tensors:
@@ -105,14 +106,9 @@ def tensors_below(folder: Path, name: str) -> Tensors:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118, a file is no mapping
                 if key.startswith(f"{name}."):
-                    found[key.removeprefix(f"{name}.")] = _finite(key, file.get_tensor(key))
+                    found[key.removeprefix(f"{name}.")] = file.get_tensor(key)
+                    require_finite(key, found[key.removeprefix(f"{name}.")])
     return found
-
-
-def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if not torch.isfinite(tensor).all():
-        raise ModelError(f"{name} holds NaN or infinity: the file is damaged or the training diverged")
-    return tensor
 
 
 @contextmanager
