@@ -86,7 +86,7 @@ class TeacherActor:
         return corpus.read_shard(self.store.fetch(self.texts, [f"train/{name}"]) / "train" / name)
 
     def fit_threshold(self, bytes_per_token: float) -> float:
-        return threshold.fit(self.forward, self.rows(0).slice(0, PILOT), bytes_per_token)
+        return threshold.fit_teacher(self.forward, self.rows(0).slice(0, PILOT), bytes_per_token)
 
 
 def capture(
