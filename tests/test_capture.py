@@ -1,6 +1,7 @@
 """Capture on real Ray: every row once, the same bytes whoever computes them and whatever is killed.
 
 `SPARSEKD_KILLS=50 pytest tests/test_capture.py -k killed` kills captures; the suite kills a whole cascade instead.
+`SPARSEKD_NODES=1 pytest tests/test_capture.py -k nodes` captures on a cluster of two nodes.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
+import two_nodes
 from capturing import CACHE, LENGTH, SAMPLED, SHARD_ROWS, SHARDS, TEACHER, TEXTS, VOCAB, unequal_rows
 from safetensors.torch import load_file, save_file
 
@@ -158,6 +160,24 @@ def test_a_row_that_lost_its_end_is_found(unequal, codec):
     unequal.commit(out, identity={}, inputs=capturing.PARENTS, metrics={}, seconds=0)
     with pytest.raises(IntegrityError, match=r"00001\.parquet: its lengths"):
         audit.verify(unequal, out, sequences=4, seed=0, say=lambda line: None)
+
+
+@pytest.mark.skipif(
+    "SPARSEKD_NODES" not in os.environ, reason="starts a cluster of its own, 25 s: SPARSEKD_NODES=1"
+)
+def test_nodes_with_different_cards_share_one_queue(captured, tmp_path):
+    """Two Ray nodes on this machine, labelled as two kinds of cards, whose actors compute on its CPU: it shows the
+    queue and the bytes, not how unequal GPUs share the work."""
+    store, notes = capturing.prepare(Store(str(tmp_path / "store"))), tmp_path / "notes"
+    notes.mkdir()
+    done = subprocess.run(
+        [sys.executable, "tests/two_nodes.py", store.root, str(notes)],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = [path.read_text() for path in notes.iterdir()]
+    assert len(made) == SHARDS and set(made) == set(two_nodes.CARDS)
+    assert capturing.content(store) == capturing.content(captured)
 
 
 @pytest.mark.skipif(KILLS == 0, reason="takes minutes: SPARSEKD_KILLS=50")
