@@ -51,15 +51,14 @@ def verify(store: Store, ref: Ref, sequences: int, seed: int, say: Say) -> dict[
     manifest = shards.read_manifest(folder)
     _belongs(manifest, of, corpus.read_manifest(texts))
     say(f"{len(manifest['shard_rows'])} shards: every checksum is that of the record")
-    counts = [_checked(folder, texts, index, manifest) for index in range(len(manifest["shard_rows"]))]
-    rows, total = [count for count, _ in counts], sum(count for _, count in counts)
-    if rows != manifest["shard_rows"] or (sum(rows), total) != (manifest["rows"], manifest["tokens"]):
-        raise IntegrityError(
-            f"{folder}: {sum(rows)} rows of {total} tokens found, the manifest says {manifest['rows']} of "
-            f"{manifest['tokens']}"
-        )
-    say(f"{sum(rows):,} rows, every one in its place, with its tokens, ids and probabilities in range")
+    counts = {"shards": len(manifest["shard_rows"]), "rows": _count(folder, texts, manifest)}
+    say(f"{counts['rows']:,} rows, every one in its place, with its tokens, ids and probabilities in range")
     measured = _live(store.fetch(of["teacher"]), folder, texts, manifest, sequences, seed)
+    return measured | counts | {"allowed": _judge(measured, folder, manifest, say)}
+
+
+def _judge(measured: dict[str, Any], folder: Path, manifest: dict[str, Any], say: Say) -> float:
+    """The distance that is allowed; IntegrityError beyond it."""
     form = "sampled" if manifest["signal"] == "sampled" else manifest["codec"]
     allowed = ALLOWED[form] + min(10 * measured["noise"], NOISE)
     name = "total variation" if form == "sampled" else "KL"
@@ -72,7 +71,19 @@ def verify(store: Store, ref: Ref, sequences: int, seed: int, say: Say) -> dict[
             f"{folder} is not what its teacher says: mean {name} {measured['distance']:.3g}, allowed {allowed:.3g}. "
             f"Remove it to have it captured again."
         )
-    return measured | {"rows": sum(rows), "shards": len(rows), "allowed": allowed}
+    return allowed
+
+
+def _count(folder: Path, texts: Path, manifest: dict[str, Any]) -> int:
+    """Rows of all shards, each checked; IntegrityError unless rows and tokens are as many as the manifest says."""
+    counts = [_checked(folder, texts, index, manifest) for index in range(len(manifest["shard_rows"]))]
+    rows, total = [count for count, _ in counts], sum(count for _, count in counts)
+    if rows != manifest["shard_rows"] or (sum(rows), total) != (manifest["rows"], manifest["tokens"]):
+        raise IntegrityError(
+            f"{folder}: {sum(rows)} rows of {total} tokens found, the manifest says {manifest['rows']} of "
+            f"{manifest['tokens']}"
+        )
+    return sum(rows)
 
 
 def _belongs(manifest: dict[str, Any], of: dict[str, Ref], source: dict[str, Any]) -> None:
@@ -121,34 +132,42 @@ def _repeats(target: Target) -> bool:
 def _live(
     teacher: Path, folder: Path, texts: Path, manifest: dict[str, Any], sequences: int, seed: int
 ) -> dict[str, Any]:
+    """Means over the positions of `sequences` rows and over temperatures, as `verify` defines them."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, manifest["dtype"])
     forward = Forward(checkpoint.load(teacher, dtype=dtype, device=device), manifest)
     places = [(i, row) for i, count in enumerate(manifest["shard_rows"]) for row in range(count)]
     rows, chosen = _rows(texts, sorted(random.Random(seed).sample(places, min(sequences, len(places)))))
-    draw_N, temperatures = _draws(rows), payload.tempers(manifest)
-    distance = noise = 0.0
-    for temperature in temperatures:
-        for many_nV, one_nV, target, draw_n in zip(
+    draw_N, gaps = _draws(rows), torch.zeros(2, dtype=torch.float64)
+    for temperature in payload.tempers(manifest):
+        chunks = zip(
             _logprobs(forward, rows, forward.sequences, temperature),
             _logprobs(forward, rows, 1, temperature),
             _chunks(_cached(folder, chosen, manifest, temperature)),
             draw_N.split(ROWS_PER_CHUNK),
             strict=True,
-        ):
-            if manifest["signal"] == "sampled":
-                now_nV, again_nV = (_drawn(x, manifest, draw_n) for x in (many_nV, one_nV))
-                distance += float((now_nV - estimate(target, now_nV.shape[1])).abs().sum() / 2)
-                noise += float((now_nV - again_nV).abs().sum() / 2)
-            else:
-                distance += float(divergence(many_nV, target).sum())
-                noise += float((many_nV.exp() * (many_nV - one_nV)).sum(-1).clamp(min=0).sum())
-    count = len(draw_N) * len(temperatures)
-    return {
-        "distance": distance / count,
-        "noise": noise / count,
-        "positions": len(draw_N),
-        "sequences": len(chosen),
-    }
+        )
+        gaps += sum(_gaps(*chunk, manifest) for chunk in chunks)
+    distance, noise = (gaps / (len(draw_N) * len(payload.tempers(manifest)))).tolist()
+    return {"distance": distance, "noise": noise, "positions": len(draw_N), "sequences": len(chosen)}
+
+
+def _gaps(
+    live_nV: torch.Tensor,
+    again_nV: torch.Tensor,
+    target: Target,
+    draw_n: torch.Tensor,
+    manifest: dict[str, Any],
+) -> torch.Tensor:
+    """Σ over positions of the distance between teacher and cache, and between teacher and teacher [2]."""
+    if manifest["signal"] == "sampled":
+        now_nV, then_nV = (_drawn(x, manifest, draw_n) for x in (live_nV, again_nV))
+        apart = [
+            (now_nV - other_nV).abs().sum() / 2 for other_nV in (estimate(target, now_nV.shape[1]), then_nV)
+        ]
+    else:
+        noise_n = (live_nV.exp() * (live_nV - again_nV)).sum(-1).clamp(min=0)
+        apart = [divergence(live_nV, target).sum(), noise_n.sum()]
+    return torch.stack(apart).double()
 
 
 def divergence(live_nV: torch.Tensor, target: Target) -> torch.Tensor:

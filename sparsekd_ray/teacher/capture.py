@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,29 +105,33 @@ def capture(
     manifest = _manifest(source, vocab_size, teacher, texts, settings)
     manifest["dtype"] = "bfloat16" if execution.gpus else "float32"
     tokens = _tokens_by_shard(store.fetch(texts), source, manifest)
-    count, manifest["tokens"] = len(tokens), sum(tokens)
+    manifest["tokens"] = sum(tokens)
+    arguments = (store, teacher, texts, out, manifest, execution.gpus)
     if settings.signal == "sampled":
-        arguments = (store, teacher, texts, out, manifest, execution.gpus)
         manifest["threshold"] = _threshold(arguments, settings.bytes_per_token, say)
     done = {name for name in store.published(out, "") if name.endswith(".parquet")}
-    todo = [index for index in range(count) if shards.shard_name(index) not in done]
+    todo = {index: n for index, n in enumerate(tokens) if shards.shard_name(index) not in done}
     if done:
-        say(f"{count - len(todo)} of {count} shards are there already")
-    started, left = time.monotonic(), sum(tokens[index] for index in todo)
-    wanted = left
-    for index in _stream(todo, (store, teacher, texts, out, manifest, execution.gpus), execution):
-        left -= tokens[index]
-        done.add(shards.shard_name(index))
-        rate = (wanted - left) / (time.monotonic() - started)
-        say(f"{len(done)}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left")
+        say(f"{len(tokens) - len(todo)} of {len(tokens)} shards are there already")
+    _fill(todo, len(tokens), _stream(list(todo), arguments, execution), say)
     there = set(store.published(out))
-    missing = [shards.shard_name(i) for i in range(count) if shards.shard_name(i) not in there]
+    missing = [name for name in map(shards.shard_name, range(len(tokens))) if name not in there]
     if missing:
         raise IntegrityError(
-            f"capture ended without {len(missing)} of {count} shards, the first is {missing[0]}"
+            f"capture ended without {len(missing)} of {len(tokens)} shards, the first is {missing[0]}"
         )
     (store.workdir(out) / shards.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    return {"tokens": manifest["tokens"], "shards": count}
+    return {"tokens": manifest["tokens"], "shards": len(tokens)}
+
+
+def _fill(todo: dict[int, int], count: int, finished: Iterable[int], say: Callable[[str], None]) -> None:
+    """Waits for the shards of `todo` (their tokens) to be finished, and says how fast that goes."""
+    started, wanted = time.monotonic(), sum(todo.values())
+    left, open_shards = wanted, len(todo)
+    for index in finished:
+        left, open_shards = left - todo[index], open_shards - 1
+        rate = (wanted - left) / (time.monotonic() - started)
+        say(f"{count - open_shards}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left")
 
 
 def _manifest(
