@@ -2,7 +2,8 @@
 
 Bare: one process per core, weights loaded and warm, hidden states and logits of its share of the sequences, nothing
 kept. Capture: everything from Ray Data to the published shard. `ratio` compares speeds between the first shards and the
-last (so without start and end), `whole` includes both, on a text this short.
+last (so without start and end), `whole` includes both, on a text this short. Every capture is compared with the mean of
+the bare passes before and after it, since the speed of a shared machine drifts.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ def ratios(pairs: int, sequences: int, say: Callable[[str], None]) -> dict[str, 
         stores = {"": Store(f"{folder}/store"), "_s3": Store(bucket, f"{folder}/scratch")}
         for store in stores.values():
             _prepare(store, sequences)
+        before = _bare(stores[""])
         for pair in range(pairs):
             for end, store in stores.items():
-                bare = _bare(*(str(stores[""].fetch(ref)) for ref in (TEACHER, TEXTS)))
                 steady, whole = _captured(store, Ref("cache", "random", f"cc{pair}"))
+                after = _bare(stores[""])
+                bare, before = (before + after) / 2, after
                 measured["bare"].append(bare)
                 measured[f"ratio{end}"].append(steady / bare)
                 measured[f"whole{end}"].append(whole / bare)
@@ -69,6 +72,8 @@ def ratios(pairs: int, sequences: int, say: Callable[[str], None]) -> dict[str, 
 def _ray() -> Iterator[None]:
     import ray
 
+    # Ray's workers give way to other processes, the bare ones do not: on a shared machine that would be all we measure
+    os.environ |= {"RAY_worker_niceness": "0"}
     ray.init(
         address="local", num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )  # fmt: skip
@@ -87,8 +92,9 @@ def _prepare(store: Store, sequences: int) -> None:
     store.commit(TEXTS, identity={}, inputs={}, metrics={}, seconds=0)
 
 
-def _bare(teacher: str, texts: str) -> float:
+def _bare(store: Store) -> float:
     """Tokens per second of `CORES` processes together."""
+    teacher, texts = (str(store.fetch(ref)) for ref in (TEACHER, TEXTS))
     context = multiprocessing.get_context("spawn")
     barrier, seconds = context.Barrier(CORES), context.Queue()
     workers = [
