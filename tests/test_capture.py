@@ -30,7 +30,7 @@ from sparsekd_ray.distill.reader import SampleReader
 from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelError, SparseKDError
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.teacher import audit, forward, shards, view
+from sparsekd_ray.teacher import audit, capture, forward, shards, view
 from sparsekd_ray.teacher.capture import TeacherActor
 from sparsekd_ray.teacher.forward import Forward, joined_signals
 from sparsekd_ray.teacher.signal import TopK, topk
@@ -114,13 +114,23 @@ def test_rows_of_unequal_length_are_as_if_each_length_ran_alone(captured, manife
         torch.testing.assert_close(found.logprobs_NK, alone.logprobs_NK)
 
 
+def in_this_process(todo, arguments, execution):
+    """As `capture._stream`, without Ray."""
+    actor = TeacherActor(*arguments)
+    for index in todo:
+        actor.shard(index)
+        yield index
+
+
 @pytest.fixture(scope="module")
-def unequal(captured, tmp_path_factory):
+def unequal(tmp_path_factory):
     """A store with a cache of a corpus whose rows differ in length."""
     lengths = [int(x) for x in np.random.default_rng(4).integers(2, LENGTH + 1, 2 * SHARD_ROWS + 3)]
     folder = str(tmp_path_factory.mktemp("unequal"))
     store = capturing.prepare(Store(folder), unequal_rows(lengths), seq_len=None)
-    capturing.run(store, settings=capturing.PLAIN)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(capture, "_stream", in_this_process)
+        capturing.run(store, settings=capturing.PLAIN)
     return store
 
 
