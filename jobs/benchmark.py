@@ -37,7 +37,7 @@ def table(rows: list[dict[str, Any]]) -> None:
         say("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def cache_size(store: str, sequences: int = 64, real_sequences: int = 256) -> dict[str, Any]:
+def cache_size(store: str, sequences: int = 32, real_sequences: int = 256) -> dict[str, Any]:
     """Args:
     store: A store with a finished `make demo`.
     sequences: Synthetic sequences of 128 positions.
@@ -51,7 +51,7 @@ def cache_size(store: str, sequences: int = 64, real_sequences: int = 256) -> di
         demo.model("dense+kd"),
         {"round 3 pruned": demo.model("round 3 pruned"), "round 2": demo.model("round 2")},
     )
-    real, angles = cache.of_model(teacher, students, demo.rows(real_sequences), real_sequences // 8, say)
+    real, angles = cache.of_model(teacher, students, demo.rows(real_sequences), real_sequences // 2, say)
     table([{"of": "synthetic"} | made, {"of": "trained"} | {key: real[key] for key in made}])
     table(angles)
     worst = {

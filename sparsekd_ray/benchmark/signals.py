@@ -6,7 +6,6 @@ windows that do not overlap, and KL to the teacher over the whole vocabulary at 
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from sparsekd_ray import corpus
 from sparsekd_ray.benchmark import cache
+from sparsekd_ray.benchmark.gradient import whole
 from sparsekd_ray.benchmark.trained import open_store
 from sparsekd_ray.distill import schedule
 from sparsekd_ray.distill.loss import kd_loss
@@ -66,12 +66,9 @@ def cached(teacher: Forward, rows: pa.Table, signal: str, temperature: float) ->
     about = cache.manifest(signal, "compact", (temperature,), teacher.model.config.vocab_size)
     forward = Forward(teacher.model, about)
     if signal == "sampled":
-        about |= {"threshold": threshold.fit(forward, rows.slice(0, 64), cache.BUDGET)}
+        about |= {"threshold": threshold.fit_teacher(forward, rows.slice(0, 64), cache.BUDGET)}
         forward.manifest = about
-    file = io.BytesIO()
-    shards.write(file, rows, forward.signal(rows), about)
-    size = sum(threshold.column_sizes(file).values()) / tokens(rows).numel()
-    file.seek(0)
+    size, file = threshold.file_size(rows, forward.signal(rows), about)
     found = shards.read(file, about, temperature)
     return lambda wanted: joined([found.part(row) for row in wanted]), size
 
@@ -81,9 +78,7 @@ def live(teacher: Forward, rows: pa.Table, temperature: float) -> Targets:
     ids_BL = tokens(rows)
 
     def targets(wanted: list[int]) -> Target:
-        logits_NV = torch.cat(list(teacher.logits(ids_BL[wanted]))).float().clone()
-        ids_NV = torch.arange(logits_NV.shape[1]).expand(len(logits_NV), -1)
-        return Target(ids_NV, (logits_NV / temperature).log_softmax(-1), torch.zeros(len(logits_NV)))
+        return whole(torch.cat(list(teacher.logits(ids_BL[wanted]))).float().clone(), temperature)
 
     return targets
 

@@ -23,7 +23,9 @@ def logits(count: int, vocabulary: int, generator: torch.Generator) -> torch.Ten
     """float32 [count, vocabulary]."""
     prior_V = -torch.log(torch.arange(vocabulary) + 2.7)
     logits_NV = prior_V + NOISE * torch.randn(count, vocabulary, generator=generator)
-    ids_NP = torch.multinomial((0.75 * prior_V).exp().expand(count, -1), PREFERRED, generator=generator)
+    line_V = (0.75 * prior_V).exp().double().cumsum(-1)
+    places_NP = line_V[-1] * torch.rand(count, PREFERRED, dtype=torch.float64, generator=generator)
+    ids_NP = torch.searchsorted(line_V, places_NP).clamp(max=vocabulary - 1)
     liking_NP = PREFERENCE * torch.empty(count, PREFERRED).exponential_(1, generator=generator)
     return logits_NV.scatter_add_(1, ids_NP, liking_NP)
 

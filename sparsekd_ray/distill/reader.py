@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsekd_ray.distill.schedule import SHARDS_IN_WINDOW
-from sparsekd_ray.errors import ModelError
+from sparsekd_ray.errors import ConfigError, ModelError
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.signal import Target, joined
@@ -28,6 +28,11 @@ class SampleReader:
 
     def __init__(self, store: Store, cache: Ref, temperature: float) -> None:
         self.manifest = shards.read_manifest(store.fetch(cache, [shards.MANIFEST]))
+        if "seq_len" not in self.manifest:
+            raise ConfigError(
+                f"{store.url(cache.key)} holds sequences of unequal length, a batch takes one length: "
+                "train on a corpus packed to corpus.seq_len"
+            )
         self.shard_rows = tuple(self.manifest["shard_rows"])
         self.samples, self.seq_len = sum(self.shard_rows), int(self.manifest["seq_len"])
 

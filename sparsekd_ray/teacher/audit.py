@@ -19,7 +19,7 @@ from sparsekd_ray.errors import IntegrityError
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import payload, shards
-from sparsekd_ray.teacher.forward import Forward, draws_of, tokens
+from sparsekd_ray.teacher.forward import Forward, bucket, draws_of, lengths, longest_first, tokens
 from sparsekd_ray.teacher.signal import NOTHING, ROWS_PER_CHUNK, Target, joined, sampled
 
 ALLOWED = {"plain": 1e-5, "compact": 2e-3, "sampled": 2e-2}
@@ -51,11 +51,14 @@ def verify(store: Store, ref: Ref, sequences: int, seed: int, say: Say) -> dict[
     manifest = shards.read_manifest(folder)
     _belongs(manifest, of, corpus.read_manifest(texts))
     say(f"{len(manifest['shard_rows'])} shards: every checksum is that of the record")
-    rows = [_checked(folder, texts, index, manifest) for index in range(len(manifest["shard_rows"]))]
-    if sum(rows) != manifest["rows"] or rows != manifest["shard_rows"]:
-        raise IntegrityError(f"{folder}: {sum(rows)} rows found, the manifest says {manifest['rows']}")
-    say(f"{sum(rows):,} rows, every one in its place, with its tokens, ids and probabilities in range")
+    counts = {"shards": len(manifest["shard_rows"]), "rows": _count(folder, texts, manifest)}
+    say(f"{counts['rows']:,} rows, every one in its place, with its tokens, ids and probabilities in range")
     measured = _live(store.fetch(of["teacher"]), folder, texts, manifest, sequences, seed)
+    return measured | counts | {"allowed": _judge(measured, folder, manifest, say)}
+
+
+def _judge(measured: dict[str, Any], folder: Path, manifest: dict[str, Any], say: Say) -> float:
+    """The distance that is allowed; IntegrityError beyond it."""
     form = "sampled" if manifest["signal"] == "sampled" else manifest["codec"]
     allowed = ALLOWED[form] + min(10 * measured["noise"], NOISE)
     name = "total variation" if form == "sampled" else "KL"
@@ -68,7 +71,19 @@ def verify(store: Store, ref: Ref, sequences: int, seed: int, say: Say) -> dict[
             f"{folder} is not what its teacher says: mean {name} {measured['distance']:.3g}, allowed {allowed:.3g}. "
             f"Remove it to have it captured again."
         )
-    return measured | {"rows": sum(rows), "shards": len(rows), "allowed": allowed}
+    return allowed
+
+
+def _count(folder: Path, texts: Path, manifest: dict[str, Any]) -> int:
+    """Rows of all shards, each checked; IntegrityError unless rows and tokens are as many as the manifest says."""
+    counts = [_checked(folder, texts, index, manifest) for index in range(len(manifest["shard_rows"]))]
+    rows, total = [count for count, _ in counts], sum(count for _, count in counts)
+    if rows != manifest["shard_rows"] or (sum(rows), total) != (manifest["rows"], manifest["tokens"]):
+        raise IntegrityError(
+            f"{folder}: {sum(rows)} rows of {total} tokens found, the manifest says {manifest['rows']} of "
+            f"{manifest['tokens']}"
+        )
+    return sum(rows)
 
 
 def _belongs(manifest: dict[str, Any], of: dict[str, Ref], source: dict[str, Any]) -> None:
@@ -81,8 +96,8 @@ def _belongs(manifest: dict[str, Any], of: dict[str, Ref], source: dict[str, Any
     )
 
 
-def _checked(folder: Path, texts: Path, index: int, manifest: dict[str, Any]) -> int:
-    """The rows of one shard, once each is found to be the corpus's, and every number possible."""
+def _checked(folder: Path, texts: Path, index: int, manifest: dict[str, Any]) -> tuple[int, int]:
+    """Rows and tokens of one shard, once each is found to be the corpus's, and every number possible."""
     name = shards.shard_name(index)
     source = corpus.read_shard(texts / "train" / name)
     for temperature in payload.tempers(manifest):
@@ -92,7 +107,8 @@ def _checked(folder: Path, texts: Path, index: int, manifest: dict[str, Any]) ->
         wrong = {
             "sample ids": found.sample_ids != source["sample_id"].to_pylist(),
             "domains": found.domains != source["domain"].to_pylist(),
-            "input ids": not np.array_equal(found.input_ids, tokens(source).numpy().reshape(-1)),
+            "lengths": not np.array_equal(np.diff(found.first_B1), lengths(source)),
+            "input ids": not np.array_equal(found.input_ids, source["input_ids"].combine_chunks().flatten()),
             "ids": bool((target.ids_NK < 0).any() or (target.ids_NK >= manifest["vocab_size"]).any()),
             "probabilities": not bool(torch.isfinite(target.logprobs_NK).all() and (mass_N > 0).all()),
             "repeated ids": _repeats(target),
@@ -103,7 +119,7 @@ def _checked(folder: Path, texts: Path, index: int, manifest: dict[str, Any]) ->
                 raise IntegrityError(
                     f"{folder / name}: its {what} are not those of the corpus, or impossible"
                 )
-    return len(source)
+    return len(source), int(lengths(source).sum())
 
 
 def _repeats(target: Target) -> bool:
@@ -116,36 +132,42 @@ def _repeats(target: Target) -> bool:
 def _live(
     teacher: Path, folder: Path, texts: Path, manifest: dict[str, Any], sequences: int, seed: int
 ) -> dict[str, Any]:
+    """Means over the positions of `sequences` rows and over temperatures, as `verify` defines them."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, manifest["dtype"])
     forward = Forward(checkpoint.load(teacher, dtype=dtype, device=device), manifest)
     places = [(i, row) for i, count in enumerate(manifest["shard_rows"]) for row in range(count)]
-    chosen = sorted(random.Random(seed).sample(places, min(sequences, len(places))))
-    rows, temperatures = _rows(texts, chosen), payload.tempers(manifest)
-    positions = len(chosen) * (manifest["seq_len"] - 1)
-    distance = noise = 0.0
-    for temperature in temperatures:
-        draws = draws_of(rows["sample_id"].to_pylist(), manifest["seq_len"] - 1).split(ROWS_PER_CHUNK)
-        for many_nV, one_nV, target, draw_n in zip(
+    rows, chosen = _rows(texts, sorted(random.Random(seed).sample(places, min(sequences, len(places)))))
+    draw_N, gaps = _draws(rows), torch.zeros(2, dtype=torch.float64)
+    for temperature in payload.tempers(manifest):
+        chunks = zip(
             _logprobs(forward, rows, forward.sequences, temperature),
             _logprobs(forward, rows, 1, temperature),
             _chunks(_cached(folder, chosen, manifest, temperature)),
-            draws,
+            draw_N.split(ROWS_PER_CHUNK),
             strict=True,
-        ):
-            if manifest["signal"] == "sampled":
-                now_nV, again_nV = (_drawn(x, manifest, draw_n) for x in (many_nV, one_nV))
-                distance += float((now_nV - estimate(target, now_nV.shape[1])).abs().sum() / 2)
-                noise += float((now_nV - again_nV).abs().sum() / 2)
-            else:
-                distance += float(divergence(many_nV, target).sum())
-                noise += float((many_nV.exp() * (many_nV - one_nV)).sum(-1).clamp(min=0).sum())
-    count = positions * len(temperatures)
-    return {
-        "distance": distance / count,
-        "noise": noise / count,
-        "positions": positions,
-        "sequences": len(chosen),
-    }
+        )
+        gaps += sum(_gaps(*chunk, manifest) for chunk in chunks)
+    distance, noise = (gaps / (len(draw_N) * len(payload.tempers(manifest)))).tolist()
+    return {"distance": distance, "noise": noise, "positions": len(draw_N), "sequences": len(chosen)}
+
+
+def _gaps(
+    live_nV: torch.Tensor,
+    again_nV: torch.Tensor,
+    target: Target,
+    draw_n: torch.Tensor,
+    manifest: dict[str, Any],
+) -> torch.Tensor:
+    """Σ over positions of the distance between teacher and cache, and between teacher and teacher [2]."""
+    if manifest["signal"] == "sampled":
+        now_nV, then_nV = (_drawn(x, manifest, draw_n) for x in (live_nV, again_nV))
+        apart = [
+            (now_nV - other_nV).abs().sum() / 2 for other_nV in (estimate(target, now_nV.shape[1]), then_nV)
+        ]
+    else:
+        noise_n = (live_nV.exp() * (live_nV - again_nV)).sum(-1).clamp(min=0)
+        apart = [divergence(live_nV, target).sum(), noise_n.sum()]
+    return torch.stack(apart).double()
 
 
 def divergence(live_nV: torch.Tensor, target: Target) -> torch.Tensor:
@@ -171,8 +193,8 @@ def estimate(target: Target, vocabulary: int) -> torch.Tensor:
 def _logprobs(forward: Forward, rows: pa.Table, sequences: int, temperature: float) -> Iterator[torch.Tensor]:
     """log p_T in chunks of ROWS_PER_CHUNK positions, cut alike however many sequences run together."""
     waiting_nV = torch.empty(0)
-    for start in range(0, len(rows), sequences):
-        for logits_nV in forward.logits(tokens(rows.slice(start, sequences))):
+    for batch in _batches(rows, sequences):
+        for logits_nV in forward.logits(tokens(batch)):
             waiting_nV = torch.cat([waiting_nV, logits_nV]) if len(waiting_nV) else logits_nV
             while len(waiting_nV) >= ROWS_PER_CHUNK:
                 yield (waiting_nV[:ROWS_PER_CHUNK].float() / temperature).log_softmax(-1).cpu()
@@ -186,9 +208,27 @@ def _chunks(target: Target) -> Iterator[Target]:
         yield Target(*columns)
 
 
-def _rows(texts: Path, chosen: list[tuple[int, int]]) -> pa.Table:
+def _batches(rows: pa.Table, sequences: int) -> Iterator[pa.Table]:
+    """`sequences` rows of one length at a time, of rows that stand longest first."""
+    lengths_B, left_B = lengths(rows), np.arange(len(rows))
+    while len(left_B):
+        batch_b = bucket(left_B, lengths_B, sequences)
+        yield rows.take(batch_b)
+        left_B = left_B[len(batch_b) :]
+
+
+def _rows(texts: Path, chosen: list[tuple[int, int]]) -> tuple[pa.Table, list[tuple[int, int]]]:
+    """The corpus's rows at these places, longest first, and the places in that order."""
     read = {i: corpus.read_shard(texts / "train" / shards.shard_name(i)) for i, _ in chosen}
-    return pa.concat_tables([read[i].slice(row, 1) for i, row in chosen]).combine_chunks()
+    rows = pa.concat_tables([read[i].slice(row, 1) for i, row in chosen]).combine_chunks()
+    order_B = longest_first(lengths(rows))
+    return rows.take(order_B), [chosen[place] for place in order_B]
+
+
+def _draws(rows: pa.Table) -> torch.Tensor:
+    """The sampler's number for every position of every row."""
+    pairs = zip(rows["sample_id"].to_pylist(), lengths(rows).tolist(), strict=True)
+    return torch.cat([draws_of([sample], length - 1) for sample, length in pairs])
 
 
 def _cached(

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from sparsekd_ray.model import checkpoint
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards, threshold
 from sparsekd_ray.teacher.codec import LARGEST_ID
-from sparsekd_ray.teacher.forward import Forward
+from sparsekd_ray.teacher.forward import Forward, lengths
 
 THRESHOLD = "threshold.json"
 PILOT = 64  # sequences on which a sampler's threshold is set
@@ -56,8 +56,9 @@ class TeacherActor:
         self.forward = Forward(checkpoint.load(directory, dtype=dtype, device=device), manifest)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        done = [self.shard(int(index)) for index in batch["shard"]]
-        return {"shard": batch["shard"], "rows": np.array(done)}
+        for index in batch["shard"]:
+            self.shard(int(index))
+        return batch
 
     def shard(self, index: int) -> int:
         """Makes and publishes one shard; returns its number of rows."""
@@ -85,7 +86,7 @@ class TeacherActor:
         return corpus.read_shard(self.store.fetch(self.texts, [f"train/{name}"]) / "train" / name)
 
     def fit_threshold(self, bytes_per_token: float) -> float:
-        return threshold.fit(self.forward, self.rows(0).slice(0, PILOT), bytes_per_token)
+        return threshold.fit_teacher(self.forward, self.rows(0).slice(0, PILOT), bytes_per_token)
 
 
 def capture(
@@ -103,30 +104,34 @@ def capture(
     vocab_size = checkpoint.config_dict(store.fetch(teacher, ["config.json"]))["vocab_size"]
     manifest = _manifest(source, vocab_size, teacher, texts, settings)
     manifest["dtype"] = "bfloat16" if execution.gpus else "float32"
-    count = len(manifest["shard_rows"])
-    _check_samples(store.fetch(texts), manifest)
+    tokens = _tokens_by_shard(store.fetch(texts), source, manifest)
+    manifest["tokens"] = sum(tokens)
+    arguments = (store, teacher, texts, out, manifest, execution.gpus)
     if settings.signal == "sampled":
-        arguments = (store, teacher, texts, out, manifest, execution.gpus)
         manifest["threshold"] = _threshold(arguments, settings.bytes_per_token, say)
     done = {name for name in store.published(out, "") if name.endswith(".parquet")}
-    todo = [index for index in range(count) if shards.shard_name(index) not in done]
+    todo = {index: n for index, n in enumerate(tokens) if shards.shard_name(index) not in done}
     if done:
-        say(f"{count - len(todo)} of {count} shards are there already")
-    started, tokens = time.monotonic(), 0
-    for index, rows in _stream(todo, (store, teacher, texts, out, manifest, execution.gpus), execution):
-        tokens += rows * manifest["seq_len"]
-        done.add(shards.shard_name(index))
-        rate = tokens / (time.monotonic() - started)
-        left = sum(manifest["shard_rows"][i] for i in todo) * manifest["seq_len"] - tokens
-        say(f"{len(done)}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left")
+        say(f"{len(tokens) - len(todo)} of {len(tokens)} shards are there already")
+    _fill(todo, len(tokens), _stream(list(todo), arguments, execution), say)
     there = set(store.published(out))
-    missing = [shards.shard_name(i) for i in range(count) if shards.shard_name(i) not in there]
+    missing = [name for name in map(shards.shard_name, range(len(tokens))) if name not in there]
     if missing:
         raise IntegrityError(
-            f"capture ended without {len(missing)} of {count} shards, the first is {missing[0]}"
+            f"capture ended without {len(missing)} of {len(tokens)} shards, the first is {missing[0]}"
         )
     (store.workdir(out) / shards.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    return {"tokens": manifest["tokens"], "shards": count}
+    return {"tokens": manifest["tokens"], "shards": len(tokens)}
+
+
+def _fill(todo: dict[int, int], count: int, finished: Iterable[int], say: Callable[[str], None]) -> None:
+    """Waits for the shards of `todo` (their tokens) to be finished, and says how fast that goes."""
+    started, wanted = time.monotonic(), sum(todo.values())
+    left, open_shards = wanted, len(todo)
+    for index in finished:
+        left, open_shards = left - todo[index], open_shards - 1
+        rate = (wanted - left) / (time.monotonic() - started)
+        say(f"{count - open_shards}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left")
 
 
 def _manifest(
@@ -153,21 +158,29 @@ def _manifest(
         "tokenizer_hash": source["tokenizer_hash"],
         "teacher": teacher.fingerprint,
         "corpus": texts.fingerprint,
-        "seq_len": source["seq_len"],
         "shard_rows": shard_rows,
         "rows": rows,
-        "tokens": rows * source["seq_len"],
-    }
+    } | ({"seq_len": source["seq_len"]} if "seq_len" in source else {})
 
 
-def _check_samples(texts: Path, manifest: dict[str, Any]) -> None:
-    """Every sample has a name of its own, and there are as many as the corpus says."""
-    names = corpus.read_rows(texts, "train")["sample_id"].to_pylist()
+def _tokens_by_shard(texts: Path, source: dict[str, Any], manifest: dict[str, Any]) -> list[int]:
+    """Tokens of every shard. CorpusError unless every sample has a name of its own, and rows are as many and as long
+    as the corpus says; one without `seq_len` says only that they have two tokens or more."""
+    rows = corpus.read_rows(texts, "train")
+    names, lengths_B = rows["sample_id"].to_pylist(), lengths(rows)
     if len(set(names)) < len(names):
         twice = next(name for name in sorted(names) if names.count(name) > 1)
         raise CorpusError(f"{texts}: sample id {twice} occurs more than once; build the corpus again")
     if len(names) != manifest["rows"]:
         raise CorpusError(f"{texts}: {len(names)} training rows, its manifest says {manifest['rows']}")
+    one = source.get("seq_len")
+    if one is not None and (lengths_B != one).any():
+        place = int(np.argmax(lengths_B != one))
+        raise CorpusError(
+            f"{texts}: sample {names[place]} has {lengths_B[place]} tokens, its manifest says that all have {one}"
+        )
+    ends = np.cumsum(manifest["shard_rows"])[:-1]
+    return [int(part.sum()) for part in np.split(lengths_B, ends)]
 
 
 def _threshold(arguments: tuple[Any, ...], bytes_per_token: float, say: Callable[[str], None]) -> float:
@@ -186,8 +199,8 @@ def _threshold(arguments: tuple[Any, ...], bytes_per_token: float, say: Callable
     return json.loads(kept.read_text())
 
 
-def _stream(todo: list[int], arguments: tuple[Any, ...], execution: Execution) -> Iterator[tuple[int, int]]:
-    """(shard, rows) of every finished shard, as it finishes."""
+def _stream(todo: list[int], arguments: tuple[Any, ...], execution: Execution) -> Iterator[int]:
+    """Every finished shard, as it finishes."""
     if not todo:
         return
     context = ray.data.DataContext.get_current()
@@ -213,4 +226,4 @@ def _stream(todo: list[int], arguments: tuple[Any, ...], execution: Execution) -
         num_cpus=None if execution.gpus else 1,
     )
     for row in finished.iter_rows():
-        yield int(row["shard"]), int(row["rows"])
+        yield int(row["shard"])

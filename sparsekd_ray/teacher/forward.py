@@ -1,8 +1,9 @@
 """The teacher's forward pass over rows of tokens: hidden states for as many sequences as the card takes, the head a
 chunk of positions at a time, of each chunk only the signal kept.
 
-Torch and transformers alone: runs where there is no Ray. Shapes: B sequences, L tokens, N positions, D hidden size,
-V vocabulary.
+Sequences of equal length run together, and nothing is padded: no position sees, or pays for, a token that is not its
+own. Torch and transformers alone: runs where there is no Ray. Shapes: B sequences, L tokens, N positions, D hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,28 +33,33 @@ class Forward:
     def signal(self, rows: pa.Table) -> TopK | Sampled:
         """The manifest's signal for every position of every row, in order, in host memory.
 
-        CorpusError for rows of unequal length or below two tokens; ModelError for probabilities that are no numbers,
-        with the sample's name, and for a card that is too small for one sequence.
+        CorpusError for rows below two tokens; ModelError for probabilities that are no numbers, with the sample's name,
+        and for a card that is too small for one sequence.
         """
-        input_ids_BL, samples = tokens(rows), rows["sample_id"].to_pylist()
+        lengths_B, order_B = lengths(rows), np.empty(0, np.int64)
         parts: list[TopK | Sampled] = []
-        first = 0
-        while first < len(samples):
-            size = self.sequences
-            part, failure = None, ""
-            try:
-                part = self._signal(input_ids_BL[first : first + size], samples[first : first + size])
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                failure = str(error).splitlines()[0]
-            if part is None:  # the error is gone, and with it what it held of the failed batch
-                self._halve(failure)
+        left_B = longest_first(lengths_B)
+        while len(left_B):
+            batch_b = bucket(left_B, lengths_B, self.sequences)
+            if (part := self._attempt(rows.take(batch_b))) is None:
                 continue
-            _finite(part, samples[first : first + size])
             parts.append(part)
-            first += size
-        return joined_signals(parts)
+            order_B, left_B = np.append(order_B, batch_b), left_B[len(batch_b) :]
+        return _in_order(joined_signals(parts), order_B, lengths_B - 1)
+
+    def _attempt(self, rows: pa.Table) -> TopK | Sampled | None:
+        """The signal of rows of one length; None, and a smaller batch from now on, where the card was too small."""
+        try:
+            part, samples = self._signal(rows), rows["sample_id"].to_pylist()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            failure = str(error).splitlines()[0]
+        else:
+            _finite(part, samples)
+            return part
+        self._halve(failure)  # the error is gone, and with it what it held of the failed batch
+        return None
 
     @torch.inference_mode()
     def logits(self, input_ids_BL: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -67,8 +73,9 @@ class Forward:
             yield torch.mm(rows_nD, head_VD.T, out_dtype=torch.float32) if wide else rows_nD @ head_VD.T
 
     @torch.inference_mode()
-    def _signal(self, input_ids_BL: torch.Tensor, samples: list[str]) -> TopK | Sampled:
-        kept = self._keep(samples, input_ids_BL.shape[1] - 1)
+    def _signal(self, rows: pa.Table) -> TopK | Sampled:
+        input_ids_BL = tokens(rows)
+        kept = self._keep(rows["sample_id"].to_pylist(), input_ids_BL.shape[1] - 1)
         return joined_signals([kept(logits_nV) for logits_nV in self.logits(input_ids_BL)])
 
     def _keep(self, samples: list[str], positions: int) -> Callable[[torch.Tensor], TopK | Sampled]:
@@ -98,18 +105,42 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
-def tokens(rows: pa.Table) -> torch.Tensor:
-    """int64 [B, L]. CorpusError, with the sample's name, unless all rows have the same two tokens or more."""
-    column, samples = rows["input_ids"].combine_chunks(), rows["sample_id"].to_pylist()
-    lengths_B = np.diff(column.offsets.to_numpy())
-    wrong_B = (lengths_B < 2) | (lengths_B != lengths_B[0])
-    if wrong_B.any():
-        place = int(np.argmax(wrong_B))
+def lengths(rows: pa.Table) -> np.ndarray:
+    """Tokens of every row [B]. CorpusError, with the sample's name, for one that predicts nothing."""
+    lengths_B = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
+    if (lengths_B < 2).any():
+        place = int(np.argmax(lengths_B < 2))
         raise CorpusError(
-            f"sample {samples[place]} has {lengths_B[place]} tokens, the first of its shard {lengths_B[0]}: the corpus "
-            "must hold sequences of one length, of at least two tokens"
+            f"sample {rows['sample_id'][place]} has {lengths_B[place]} tokens: the corpus must hold sequences of at "
+            "least two, or there is nothing to predict"
         )
-    return torch.from_numpy(column.flatten().to_numpy().astype(np.int64)).view(len(samples), -1)
+    return lengths_B
+
+
+def longest_first(lengths_B: np.ndarray) -> np.ndarray:
+    """Rows by falling length, so a card that is too small shows at the start; of equal ones in their order."""
+    return np.argsort(-lengths_B, kind="stable")
+
+
+def bucket(left_B: np.ndarray, lengths_B: np.ndarray, most: int) -> np.ndarray:
+    """Of the rows that are left, longest first, the next that run together: `most` of them, all of one length."""
+    next_b = left_B[:most]
+    return next_b[lengths_B[next_b] == lengths_B[next_b[0]]]
+
+
+def tokens(rows: pa.Table) -> torch.Tensor:
+    """int64 [B, L], of rows that have one length."""
+    column = rows["input_ids"].combine_chunks()
+    return torch.from_numpy(column.flatten().to_numpy().astype(np.int64)).view(len(rows), -1)
+
+
+def _in_order(signal: TopK | Sampled, order_B: np.ndarray, positions_B: np.ndarray) -> TopK | Sampled:
+    """Positions as the rows stand, of a signal whose rows are in `order_B`."""
+    if (np.diff(order_B) > 0).all():
+        return signal
+    counts, back = positions_B[order_B].tolist(), np.argsort(order_B)
+    columns = [column.split(counts) for column in signal]
+    return type(signal)(*(torch.cat([pieces[place] for place in back]) for pieces in columns))
 
 
 def draws_of(samples: list[str], positions: int) -> torch.Tensor:

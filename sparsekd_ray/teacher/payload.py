@@ -229,9 +229,16 @@ def _offsets(counts_B: np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(counts_B)]).astype(np.int32))
 
 
+def lengths(table: pa.Table, name: str) -> np.ndarray:
+    """Values in every cell of a column of lists or bytes [B]."""
+    column = table[name].combine_chunks()
+    ends = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
+    return np.diff(ends).astype(np.int64)
+
+
 def numbers(table: pa.Table, name: str, counts_B: np.ndarray) -> np.ndarray:
     column = table[name].combine_chunks()
-    _expect(name, np.diff(column.offsets.to_numpy()), counts_B)
+    _expect(name, lengths(table, name), counts_B)
     return column.flatten().to_numpy(zero_copy_only=False)
 
 
@@ -240,7 +247,7 @@ def bytes_of(table: pa.Table, name: str, counts_B: np.ndarray | None = None) -> 
     _, offsets, data = column.buffers()
     ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
     if counts_B is not None:
-        _expect(name, np.diff(ends), counts_B)
+        _expect(name, lengths(table, name), counts_B)
     return np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
 
 

@@ -118,28 +118,57 @@ def largest(values_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
 def sampled(logits_NV: torch.Tensor, temperature: float, threshold: float, draw_N: torch.Tensor) -> Sampled:
     """The threshold sample of softmax(logits / temperature); `draw_N` holds one uniform number in [0, 1) a position.
 
-    Systematic: the small probabilities stand in a row of their sum's length, and the ids at τ·u, τ·(1 + u), … are
-    taken. Their number is then the same but for one, whatever u, and no id can be taken twice.
+    Systematic: the small probabilities stand in a row of their sum's length, and the ids at the marks τ·u, τ·(1 + u),
+    … are taken. Their number is then the same but for one, whatever u, and no id can be taken twice.
     """
     p_NV = (logits_NV.float() / temperature).softmax(-1)
-    large_NV = p_NV >= threshold
-    # one more than the whole part of Σ_{j ≤ i} p_j / τ + (1 − u) rises where a mark is passed
-    # in fp64: over 200,064 ids the rounding of fp32 would move marks
-    marks_NV = p_NV.masked_fill(large_NV, 0).cumsum(-1, dtype=torch.float64).div_(threshold)
-    marks_NV.add_((1 - draw_N.double())[:, None]).floor_()
-    taken_NV = marks_NV.diff(dim=-1, prepend=torch.zeros_like(marks_NV[:, :1])) > 0
-    exact_N, drawn_N = large_NV.sum(-1), (taken_NV & ~large_NV).sum(-1)
-    width = int((exact_N + drawn_N).max())
-    # exact ones score above 1 by their probability, drawn ones below it by rising id
-    order_V = torch.linspace(0.9, 0.1, p_NV.shape[1], device=p_NV.device)
-    score_NV = torch.where(large_NV, 1 + p_NV, order_V * taken_NV)
-    ids_NK = score_NV.topk(width, dim=-1).indices
-    place_K = torch.arange(width, device=p_NV.device)
-    logprobs_NK = p_NV.gather(1, ids_NK).clamp(min=1e-30).log()
-    logprobs_NK = logprobs_NK.where(place_K < exact_N[:, None], math.log(threshold))
-    padding_NK = place_K >= (exact_N + drawn_N)[:, None]
-    ids_NK, logprobs_NK = ids_NK.masked_fill(padding_NK, 0), logprobs_NK.masked_fill(padding_NK, NOTHING)
+    # no more than 1 / τ can be exact: looking for so many takes less than comparing all with τ
+    exact_NE, exact_ids_NE = largest(p_NV, min(int(1 / threshold) + 1, p_NV.shape[1]))
+    is_exact_NE = exact_NE >= threshold
+    exact_N = is_exact_NE.sum(-1)
+    p_NV.scatter_(1, exact_ids_NE, exact_NE.masked_fill(is_exact_NE, 0))
+    drawn_ids_ND, drawn_N = _systematic(p_NV, threshold, draw_N.double())
+    place_D = torch.arange(drawn_ids_ND.shape[1], device=p_NV.device)
+    kept_NK = torch.cat([is_exact_NE, place_D < drawn_N[:, None]], 1)
+    # exact ones, then drawn ones, then what is neither
+    order_NK = (~kept_NK).byte().sort(dim=-1, stable=True).indices[:, : int(kept_NK.sum(-1).max())]
+    kept_NK = kept_NK.gather(1, order_NK)
+    weights_ND = exact_NE.new_full(drawn_ids_ND.shape, math.log(threshold))
+    logprobs_NK = torch.cat([exact_NE.clamp(min=1e-30).log(), weights_ND], 1).gather(1, order_NK)
+    ids_NK = torch.cat([exact_ids_NE, drawn_ids_ND], 1).gather(1, order_NK)
+    ids_NK, logprobs_NK = ids_NK.masked_fill(~kept_NK, 0), logprobs_NK.masked_fill(~kept_NK, NOTHING)
     return Sampled(ids_NK.int(), logprobs_NK, exact_N.int(), drawn_N.int())
+
+
+def _systematic(p_NV: torch.Tensor, threshold: float, u_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns where Σ_{j ≤ i} p_j passes τ·u, τ·(1 + u), … [N, D], by rising column, and their number [N].
+
+    In two levels, since a running sum over a vocabulary costs more than all the rest: sums of groups say in which of
+    them a mark lies, and only that group's members are summed up one by one. Running sums are in fp64: the rounding
+    of fp32 would move marks.
+    """
+    sums_NG = _group_sums(p_NV)
+    ends_NG = sums_NG.double().cumsum(-1)
+    count_N = (ends_NG[:, -1] / threshold - u_N).nan_to_num(0).ceil().clamp(min=0).long()
+    steps_D = torch.arange(int(count_N.max()), device=p_NV.device)
+    marks_ND = threshold * (u_N[:, None] + steps_D)
+    group_ND = torch.searchsorted(ends_NG, marks_ND, right=True).clamp(max=ends_NG.shape[1] - 1)
+    column_NDg = group_ND[:, :, None] * GROUP + torch.arange(GROUP, device=p_NV.device)
+    member_NDg = p_NV.gather(1, column_NDg.clamp(max=p_NV.shape[1] - 1).flatten(1)).view(column_NDg.shape)
+    line_NDg = member_NDg.masked_fill(column_NDg >= p_NV.shape[1], 0).double().cumsum(-1)
+    left_ND = marks_ND - (ends_NG - sums_NG).gather(1, group_ND)
+    # where the two levels' rounding disagrees, the mark belongs to the last member that has any probability
+    before_NDg = (line_NDg <= left_ND[:, :, None]) & (line_NDg < line_NDg[:, :, -1:])
+    return group_ND * GROUP + before_NDg.sum(-1), count_N
+
+
+def _group_sums(p_NV: torch.Tensor) -> torch.Tensor:
+    """Sums of `GROUP` neighbours [N, G], the last one of what remains."""
+    whole = p_NV.shape[1] // GROUP * GROUP
+    sums_NG = p_NV[:, :whole].unflatten(1, (-1, GROUP)).sum(-1)
+    if whole == p_NV.shape[1]:
+        return sums_NG
+    return torch.cat([sums_NG, p_NV[:, whole:].sum(-1, keepdim=True)], 1)
 
 
 def tempered(

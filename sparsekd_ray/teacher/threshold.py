@@ -6,6 +6,7 @@ Found once per cache and kept beside its shards, so every actor and every later 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -13,40 +14,45 @@ import pyarrow.parquet as pq
 
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.teacher import shards
-from sparsekd_ray.teacher.forward import Forward
+from sparsekd_ray.teacher.forward import Forward, lengths
 from sparsekd_ray.teacher.payload import MANY
 
 SMALLEST, LARGEST = 1 / (MANY - 1), 1.0  # at most 1/τ ids are exact, and 1/τ + 1 drawn
 BISECTIONS = 10  # within 0.7 % of τ
 
 
-def fit(forward: Forward, pilot: pa.Table, bytes_per_token: float) -> float:
-    """τ for `bytes_per_token` on the rows of `pilot`, everything in the file but its fixed footer included.
+def fit(size: Callable[[float], float], bytes_per_token: float) -> float:
+    """τ for `bytes_per_token`, where `size(τ)` are the bytes per token that a sample takes, fewer the larger τ.
 
     ConfigError where even the coarsest sample, a single drawn id a position, takes more."""
-    size = _size(forward, pilot, LARGEST)
-    if size > bytes_per_token:
+    if (smallest := size(LARGEST)) > bytes_per_token:
         raise ConfigError(
             f"teacher.bytes_per_token is {bytes_per_token:g}; the smallest sampled cache of this text takes "
-            f"{size:.1f} bytes per token, its input ids included: ask for more"
+            f"{smallest:.1f} bytes per token, its input ids included: ask for more"
         )
     low, high = SMALLEST, LARGEST
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if _size(forward, pilot, middle) <= bytes_per_token else (middle, high)
+        low, high = (low, middle) if size(middle) <= bytes_per_token else (middle, high)
     return high
 
 
-def _size(forward: Forward, pilot: pa.Table, threshold: float) -> float:
-    forward.manifest = forward.manifest | {"threshold": threshold}
-    return file_size(pilot, forward.signal(pilot), forward.manifest)
+def fit_teacher(forward: Forward, pilot: pa.Table, bytes_per_token: float) -> float:
+    """τ on the rows of `pilot`, everything in the file but its fixed footer included."""
+
+    def size(threshold: float) -> float:
+        forward.manifest = forward.manifest | {"threshold": threshold}
+        return file_size(pilot, forward.signal(pilot), forward.manifest)[0]
+
+    return fit(size, bytes_per_token)
 
 
-def file_size(rows: pa.Table, signal: Any, manifest: dict[str, Any]) -> float:
-    """Bytes per token of a shard's columns."""
-    buffer = io.BytesIO()
-    shards.write(buffer, rows, signal, manifest)
-    return sum(column_sizes(buffer).values()) / len(rows["input_ids"].combine_chunks().flatten())
+def file_size(rows: pa.Table, signal: Any, manifest: dict[str, Any]) -> tuple[float, io.BytesIO]:
+    """Bytes per token of a shard's columns, and the shard."""
+    file = io.BytesIO()
+    shards.write(file, rows, signal, manifest)
+    file.seek(0)
+    return sum(column_sizes(file).values()) / int(lengths(rows).sum()), file
 
 
 def column_sizes(file: Any) -> dict[str, int]:

@@ -30,33 +30,40 @@ def all_rows(store: Store, ref: Ref, temperature: float | None = None) -> Iterat
 def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top: int) -> Table:
     """One sample, a line per position: token, what came next, the teacher's `top` alternatives, the tail.
 
-    ConfigError if there is no such sample, with some that there are."""
+    Of a sampled cache these are estimates, right on average and not one by one: what was not drawn counts as 0, and
+    there is no tail. ConfigError if there is no such sample, with some that there are."""
     from transformers import AutoTokenizer
 
-    some: list[str] = []
-    for _, rows in all_rows(store, ref, temperature):
-        if sample in rows.sample_ids:
-            break
-        some += rows.sample_ids[:2]
-    else:
-        raise ConfigError(
-            f"{store.url(ref.key)} holds no sample {sample!r}; it holds {', '.join(some[:5])} …"
-        )
+    rows = _holding(store, ref, sample, temperature)
     tokenizer = AutoTokenizer.from_pretrained(store.fetch(parents(store, ref)["texts"]) / "tokenizer")
     row = rows.sample_ids.index(sample)
     part, ids = rows.part(row), rows.tokens(row).tolist()
-    table = Table("", "token", "next", "p(next)", f"the teacher's {top} likeliest", "tail", title=sample)
-    for position, (token, following) in enumerate(pairwise(ids)):
+    drawn = shards.read_manifest(store.fetch(ref, [shards.MANIFEST]))["signal"] == "sampled"
+    names = (
+        ("estimate of p(next)", f"the {top} largest estimates")
+        if drawn
+        else ("p(next)", f"the {top} likeliest")
+    )
+    table = Table("", "token", "next", *names, *([] if drawn else ["tail"]), title=sample)
+    for position, pair in enumerate(pairwise(ids)):
         pairs = zip(part.ids_NK[position].tolist(), part.logprobs_NK[position].exp().tolist(), strict=True)
         kept = {i: p for i, p in pairs if p > 0}  # padding has none
         likeliest = sorted(kept.items(), key=lambda pair: -pair[1])[:top]
         listed = "  ".join(f"{shown(tokenizer, i)} {p:.1%}" for i, p in likeliest)
-        chance = f"{kept[following]:.1%}" if following in kept else "not kept"
-        tail = f"{float(part.tail_N[position]):.1%}"
-        table.add_row(
-            str(position), shown(tokenizer, token), shown(tokenizer, following), chance, listed, tail
-        )
+        chance = f"{kept[pair[1]]:.1%}" if pair[1] in kept else "0, not drawn" if drawn else "in the tail"
+        tail = [] if drawn else [f"{float(part.tail_N[position]):.1%}"]
+        table.add_row(str(position), *(shown(tokenizer, token) for token in pair), chance, listed, *tail)
     return table
+
+
+def _holding(store: Store, ref: Ref, sample: str, temperature: float | None) -> shards.Rows:
+    """The shard that holds a sample."""
+    some: list[str] = []
+    for _, rows in all_rows(store, ref, temperature):
+        if sample in rows.sample_ids:
+            return rows
+        some += rows.sample_ids[:2]
+    raise ConfigError(f"{store.url(ref.key)} holds no sample {sample!r}; it holds {', '.join(some[:5])} …")
 
 
 def shown(tokenizer: Any, token: int) -> str:
