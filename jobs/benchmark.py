@@ -4,6 +4,7 @@
     python jobs/benchmark.py cache-read                   tokens per second of reading a cache, one core
     python jobs/benchmark.py capture                      capture against the bare forward pass, local and S3
     python jobs/benchmark.py signals --store store        students of topk, sampled and live full KL, three seeds
+    python jobs/benchmark.py speed                        prefill and decode of pruned models, beside their limits
 
 `--store` is a store that holds a finished `make demo`, for its trained models.
 """
@@ -28,15 +29,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def table(rows: list[dict[str, Any]]) -> None:
-    """Rows with the same keys, as columns."""
-    names = list(rows[0])
-    shown = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(name), *(len(row[i]) for row in shown)) for i, name in enumerate(names)]
-    for line in [names, *shown]:
-        say("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
 def cache_size(store: str, sequences: int = 32, real_sequences: int = 256) -> dict[str, Any]:
     """Args:
     store: A store with a finished `make demo`.
@@ -52,8 +44,8 @@ def cache_size(store: str, sequences: int = 32, real_sequences: int = 256) -> di
         {"round 3 pruned": demo.model("round 3 pruned"), "round 2": demo.model("round 2")},
     )
     real, angles = cache.of_model(teacher, students, demo.rows(real_sequences), real_sequences // 2, say)
-    table([{"of": "synthetic"} | made, {"of": "trained"} | {key: real[key] for key in made}])
-    table(angles)
+    cli.table([{"of": "synthetic"} | made, {"of": "trained"} | {key: real[key] for key in made}])
+    cli.table(angles)
     worst = {
         key: max(made[key], real[key], key=lambda v: abs(v - (key == "sampled_norm_ratio"))) for key in made
     }
@@ -69,7 +61,7 @@ def cache_read(sequences: int = 64, repeats: int = 15) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         figures = cache.read_speed(sequences, repeats, Path(folder))
-    table([figures])
+    cli.table([figures])
     return figures
 
 
@@ -81,7 +73,7 @@ def capture(pairs: int = 3, sequences: int = 384) -> dict[str, Any]:
     from sparsekd_ray.benchmark import capture as measured
 
     figures = measured.ratios(pairs, sequences, say)
-    table([{key: value for key, value in figures.items() if not isinstance(value, list)}])
+    cli.table([{key: value for key, value in figures.items() if not isinstance(value, list)}])
     return figures
 
 
@@ -97,8 +89,27 @@ def signals(
     from sparsekd_ray.benchmark import signals as trainings
 
     rows = trainings.compare(store, seeds, steps, temperature, say)
-    table(rows)
+    cli.table(rows)
     return {"rows": rows}
+
+
+def speed(
+    shape: str = "qwen3_0_6b",
+    layers: int = 4,
+    sparsities: tuple[float, ...] = (0.35, 0.65),
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """Args:
+    shape: Widths of the models, qwen3_0_6b or phi4_mini.
+    layers: Layers, of which a model needs few to be measured.
+    sparsities: Shares of the MLP parameters removed.
+    repeats: Turns of each pair of models, of which the medians count.
+    """
+    from sparsekd_ray.benchmark import speed as measured
+
+    rows = measured.table(shape, layers, sparsities, repeats, say)
+    cli.table(rows)
+    return {"shape": shape, "layers": layers, "rows": rows}
 
 
 def main() -> int:
@@ -107,6 +118,7 @@ def main() -> int:
         "cache-read": cache_read,
         "capture": capture,
         "signals": signals,
+        "speed": speed,
     }
     try:
         figures: Any = tyro.extras.subcommand_cli_from_dict(jobs, description=__doc__)
