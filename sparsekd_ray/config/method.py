@@ -1,0 +1,150 @@
+"""Settings of the method: what is kept of a teacher, how a model is cut, how a student learns, in which order."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sparsekd_ray.config.base import Allocation, Control, Fraction, Method, Positive, Settings, TeacherPolicy
+
+
+class Teacher(Settings):
+    """What is kept of the teacher at each position, and in which form."""
+
+    signal: Literal["topk", "sampled"] = "topk"
+    """The k likeliest ids with log-normalisers (exact, any stored temperature), or an unbiased sample (fewer bytes,
+    one temperature)."""
+    codec: Literal["plain", "compact"] = "plain"
+    """Columns of numbers that any program reads, or a third of the bytes with a mean KL to them below 1e-3 nat."""
+    k: Positive = 32
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.5, 2.0, 4.0)
+    """Temperatures whose log-normaliser over the whole vocabulary is stored; of a sample, its one temperature."""
+    bytes_per_token: float = Field(16.0, gt=2)
+    """Size of a sampled cache; sets the threshold above which probabilities are kept exactly."""
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> Teacher:
+        if self.signal == "sampled" and len(self.temperatures) != 1:
+            raise ValueError(
+                f"a sample is drawn at one temperature, found temperatures {list(self.temperatures)}: give one"
+            )
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures {list(self.temperatures)} repeat a value")
+        return self
+
+
+class Calibrate(Settings):
+    """What pruning measures of a model on the training text: Gram matrices, Fisher scalars, hidden-state angles."""
+
+    samples: Positive = 64
+    """Training sequences, drawn over all domains; four tokens or more for each input of the widest matrix."""
+    seed: int = 0
+    """Which sequences are drawn."""
+
+
+class Prune(Settings):
+    """How a model gets smaller, to an exact budget of MLP parameters."""
+
+    method: Method = "svd"
+    """svd, svd-whitened: low-rank factors of every matrix. neurons, sdm: fewer neurons in every layer (a stock model).
+    depth: fewer layers (a stock model). wanda, magnitude: zeros held through training (no model is faster for it)."""
+    allocation: Allocation = "tiered"
+    """How svd methods share the budget: the same share for all, SparseKD's tiers, one energy threshold, or the
+    smallest predicted loss (exact). The other methods treat all layers alike."""
+    align: Positive = 1
+    """Ranks and widths are multiples of this (64 on GPUs; 1 where the model is too small for it)."""
+    storage: Literal["factors", "gauge"] = "factors"
+    """Of a low-rank matrix: two factors, or the smaller pivoted form: r (m + n − r) parameters, not r (m + n)."""
+    bias: bool = False
+    """Whitened SVD: add the mean output that the factors miss, one bias per matrix."""
+    score: Literal["elimination", "leverage"] = "elimination"
+    """neurons: taken out one by one, each time the one that costs least after the refit, or all at once by leverage."""
+    drop: Literal["block", "influence"] = "block"
+    """depth: the consecutive layers that turn the residual stream least, or the single layers of least influence."""
+    alpha: float = Field(0.4, ge=0, le=1)
+    """sdm: weight of self-distillation in the second phase, beside cross-entropy (SDMPrune: 0.4 at 20 %)."""
+    temperature: float = Field(0.5, gt=0, le=1)
+    """sdm: the teacher's temperature, one that the cache holds."""
+
+
+class Distill(Settings):
+    """How a student learns: α · T² · KL(teacher ‖ student) + (1 − α) · CE."""
+
+    temperature: float = Field(2.0, gt=0)
+    alpha: float = Field(0.5, ge=0, le=1)
+    lr: float = Field(1e-3, gt=0)
+    batch: Positive = 8
+    """Sequences per optimiser step, over all workers."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training samples, at most."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises linearly; it then falls to a tenth along a cosine."""
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    validate_every: Positive = 32
+    """Steps between validations; a checkpoint is written at each."""
+    patience: Positive = 3
+    """Stop after this many validations without a new minimum, or with gains below `min_gain`."""
+    min_gain: float = Field(1e-3, ge=0)
+    """Relative gain in validation perplexity below which a validation counts as saturated."""
+    train_embeddings: bool = True
+    """Train the embedding and the head too. False saves a third of the loss's work and its Adam state."""
+
+
+class Round(Settings):
+    """One round: prune the current student to a size, then distill it."""
+
+    sparsity: Fraction
+    """Fraction of the dense model's MLP parameters removed once the round is over."""
+    teacher: TeacherPolicy = "dense"
+    """Whose probabilities the student learns: the dense model's, Dense+KD's, or the previous round's student's."""
+    lr: float | None = Field(None, gt=0)
+    """Learning rate of this round, where it differs from `distill.lr`."""
+
+
+class Beside(Settings):
+    """A student by another method, to stand beside the rounds: the dense model pruned once and distilled once."""
+
+    method: Method
+    sparsity: Fraction
+    allocation: Allocation = "optimal"
+    teacher: Literal["dense", "dense+kd"] = "dense"
+    lr: float | None = Field(None, gt=0)
+    """Learning rate, where it differs from `distill.lr`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training samples, where they differ from `distill.epochs`."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} {100 * self.sparsity:g}%"
+
+
+class Cascade(Settings):
+    rounds: tuple[Round, ...] = (Round(sparsity=0.15), Round(sparsity=0.35), Round(sparsity=0.65))
+    beside: tuple[Beside, ...] = ()
+    """Students by other methods, for comparison."""
+    controls: tuple[Control, ...] = ("dense+kd", "ce-only", "kl-only")
+    """Trained from the unpruned model with the same data, steps and learning rate, to tell where a gain comes from."""
+    seeds: tuple[int, ...] = Field((42,), min_length=1)
+    """Seeds of the order of samples; several give means and standard deviations."""
+
+    @model_validator(mode="after")
+    def _increasing(self) -> Cascade:
+        sizes = [r.sparsity for r in self.rounds]
+        if sizes != sorted(set(sizes)):
+            raise ValueError(f"cascade.rounds must remove more and more, found sparsities {sizes}")
+        teachers = {r.teacher for r in self.rounds} | {branch.teacher for branch in self.beside}
+        if "dense+kd" in teachers and "dense+kd" not in self.controls:
+            raise ValueError("a student has the teacher dense+kd: keep dense+kd in cascade.controls")
+        titles = [branch.title for branch in self.beside]
+        if len(set(titles)) != len(titles):
+            raise ValueError(f"cascade.beside repeats a method at one sparsity: {titles}")
+        return self
+
+
+class Evaluate(Settings):
+    """Perplexity by the paper's protocol: overlapping windows, every token of every window."""
+
+    window: int = Field(512, ge=2, multiple_of=2)
+    """Tokens per window (cut to the model's context); windows overlap by half."""

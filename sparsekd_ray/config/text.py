@@ -1,0 +1,55 @@
+"""Settings of the text: sources, their mix, and what is held out."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from sparsekd_ray.config.base import Fraction, Positive, Settings
+
+
+class Source(Settings):
+    """One stream of documents of one domain."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_+-]*$")
+    """The domain's name, as reports print it."""
+    path: str
+    """`embedded:docstrings|manual|code|arithmetic`, `hf://owner/dataset[/config]` (streamed from the hub), or any
+    fsspec URL or local path (globs allowed) of .parquet, .jsonl or .txt files."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the training samples, relative to the other sources."""
+    text: str = "{text}"
+    """How a row becomes a document: a template over the row's columns."""
+    split: str = "train"
+    """Split of a hub data set that training documents come from."""
+    test: str | None = None
+    """Held-out documents from elsewhere: a path like `path`, or for the hub a split's name. Without it, documents of
+    `path` are held out by a hash of their text."""
+    revision: str | None = None
+    """Hub data set revision (commit); part of the identity."""
+    repeat: bool = False
+    """Read the documents again from the start when the source is smaller than its share; an error otherwise."""
+
+
+class Corpus(Settings):
+    """The calibration mix: what the teacher is asked about, and what is held out to judge the student."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    samples: Positive = 1024
+    """Training sequences over all sources."""
+    valid_samples: Positive = 96
+    """Held-out sequences for choosing and stopping, over all sources (at most)."""
+    test_samples: Positive = 256
+    """Held-out sequences for the reported figures, over all sources (at most)."""
+    seq_len: int = Field(128, ge=2)
+    """Tokens per sequence; documents of one domain are joined by the end-of-text token and cut."""
+    held_out: Fraction = 0.06
+    """Share of the documents of each source that is kept from training, half of it for validation, half for test."""
+    shard_rows: Positive = 128
+    """Sequences per Parquet shard: the unit of capture and of resumption."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Corpus:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"corpus sources need distinct names, found {names}")
+        return self

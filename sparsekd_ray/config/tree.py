@@ -1,0 +1,67 @@
+"""The whole tree, and what its parts demand of one another."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from sparsekd_ray.config.base import Settings
+from sparsekd_ray.config.execution import Execution
+from sparsekd_ray.config.method import Calibrate, Cascade, Distill, Evaluate, Prune, Teacher
+from sparsekd_ray.config.model import Model
+from sparsekd_ray.config.text import Corpus
+
+
+class Config(Settings):
+    name: str = Field("laptop", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's name: `<store>/runs/<name>/` holds its plan, metrics and report."""
+    seed: int = 42
+    """Seed of corpus shuffling and of the stand-in's training."""
+    model: Model
+    corpus: Corpus
+    teacher: Teacher = Teacher()
+    calibrate: Calibrate = Calibrate()
+    prune: Prune = Prune()
+    distill: Distill = Distill()
+    cascade: Cascade = Cascade()
+    evaluate: Evaluate = Evaluate()
+    execution: Execution = Execution()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        stored = self.teacher.temperatures + ((1.0,) if self.teacher.signal == "topk" else ())
+        if self.distill.temperature not in stored:
+            raise ValueError(
+                f"distill.temperature is {self.distill.temperature}, but the cache will hold only {stored}: add it to "
+                "teacher.temperatures"
+            )
+        methods = {self.prune.method, *(branch.method for branch in self.cascade.beside)}
+        if "sdm" in methods and self.prune.temperature not in stored:
+            raise ValueError(
+                f"sdm reads the teacher at prune.temperature {self.prune.temperature}, but the cache will hold only "
+                f"{stored}: add it to teacher.temperatures"
+            )
+        if self.prune.bias and self.prune.method != "svd-whitened":
+            raise ValueError(
+                f"prune.bias is what svd-whitened adds for a mean that it measured; {self.prune.method} has none"
+            )
+        if self.corpus.samples < self.distill.batch:
+            raise ValueError(
+                f"corpus.samples ({self.corpus.samples}) is less than one batch (distill.batch {self.distill.batch})"
+            )
+        if self.distill.batch < self.execution.workers:
+            raise ValueError(
+                f"distill.batch ({self.distill.batch}) gives less than one sequence to each of "
+                f"execution.workers ({self.execution.workers})"
+            )
+        same = {0.0: "ce-only", 1.0: "kl-only"}.get(self.distill.alpha)
+        if same in self.cascade.controls and "dense+kd" in self.cascade.controls:
+            raise ValueError(
+                f"distill.alpha {self.distill.alpha:g} makes the controls dense+kd and {same} the same: drop {same}"
+            )
+        names = {source.name for source in self.corpus.sources}
+        unknown = set(self.model.standin.unseen if self.model.standin else ()) - names
+        if unknown:
+            raise ValueError(
+                f"model.standin.unseen names {sorted(unknown)}, corpus.sources has {sorted(names)}"
+            )
+        return self
