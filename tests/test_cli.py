@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from sparsekd_ray import cli
+
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "jobs/cascade.py", *arguments]
+def run(*arguments: str, job: str = "cascade", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"jobs/{job}.py", *arguments]
     known = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.run(
         command, cwd=ROOT, env=known | environment, capture_output=True, text=True, timeout=100
@@ -67,3 +69,61 @@ def test_a_dry_run_writes_nothing(tmp_path):
     found = run("--execution.store", str(tmp_path / "store"), "--dry-run")
     assert found.returncode == 0 and "0 done" in found.stdout
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], [], ["run", "--help"], ["compare", "--help"]], ids=" ".join
+)
+def test_pruning_tells_how_it_is_called(arguments):
+    found = run(*arguments, job="prune")
+    assert found.returncode == 0 and "--methods M" in found.stdout and "--sparsity S" in found.stdout
+    assert ("--prune.storage" in found.stdout) == (len(arguments) == 2)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["walk"], "found 'walk' where `run` or `compare` belongs"),
+        (["run"], "run prunes to one size: give --sparsity S"),
+        (["run", "--sparsity", "0.3", "0.5"], "run prunes to one size"),
+        (["run", "--sparsity", "1.5"], "--sparsity 1.5: a share between 0 and 1"),
+        (["run", "--sparsity", "half"], "invalid float value: 'half'"),
+        (["run", "--sparsity", "0.3", "--methods", "svd"], "belong to compare"),
+        (["run", "--sparsity", "0.3", "--prune.method", "svdd"], "svdd"),
+        (["run", "--sparsity", "0.9999", "--dry-run"], "can remove at most"),
+        (["compare", "--draws", "0"], "--draws 0: one sample"),
+        (["compare", "--methods", "svd", "magic"], "no pruning method 'magic'"),
+        (["compare", "--methods", "sdm", "--sparsity", "0.5"], "add it to teacher.temperatures"),
+        (["compare", "--methods", "svd", "--sparsity", "0"], "a share between 0 and 1"),
+    ],
+)
+def test_bad_input_of_a_pruning_is_explained_before_any_work(arguments, message):
+    found = run(*arguments, "--execution.store", "/proc/nope", job="prune")
+    assert found.returncode == 2
+    assert message in found.stdout + found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_dry_run_of_a_comparison_prints_the_plan_and_writes_nothing(tmp_path):
+    options = [
+        "--methods",
+        "svd",
+        "neurons",
+        "--sparsity",
+        "0.3",
+        "0.5",
+        "--draws",
+        "2",
+        "--distill",
+        "--dry-run",
+    ]
+    found = run("compare", *options, "--execution.store", str(tmp_path / "store"), job="prune")
+    assert found.returncode == 0 and "0 done" in found.stdout
+    assert "neurons 50% draw 1" in found.stdout and "svd 30% draw 0 distilled" in found.stdout
+    assert "svd 30% draw 1" not in found.stdout, "no draw changes plain SVD"
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_table_has_a_column_for_each_name_and_a_dash_for_what_is_missing(capsys):
+    cli.table([{"a": 1234567, "b": 0.123456}, {"a": None, "c": "text"}])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["a", "b", "c"], ["1,234,567", "0.1235", "–"], ["–", "–", "text"]]

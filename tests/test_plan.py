@@ -1,6 +1,7 @@
 """The plan: identity apart from execution, shared steps, order; every shipped configuration loads and plans."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -9,7 +10,7 @@ from sparsekd_ray.cascade.driver import next_batch
 from sparsekd_ray.cascade.estimate import parameters
 from sparsekd_ray.cascade.plan import plan
 from sparsekd_ray.cascade.steps import fingerprint
-from sparsekd_ray.config import Config, Shape, load, parse
+from sparsekd_ray.config import Config, Method, Shape, load, parse
 from sparsekd_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
@@ -139,9 +140,100 @@ def test_a_budget_out_of_reach_is_refused_before_any_work():
         job.preflight(changed("cascade.rounds.2.sparsity", 0.999))
 
 
+BESIDE = {"sparsity": 0.5, "allocation": "uniform"}
+
+
+@pytest.mark.parametrize(
+    "method, more, rounds, beside, message",
+    [
+        ("neurons", {}, [0.3, 0.999], [], "cascade.rounds: neurons: .* ask for a sparsity"),
+        ("neurons", {"align": 88}, [0.3, 0.31], [], "neurons: .*asks for 264 .* which have 264"),
+        ("sdm", {"temperature": 1.0}, [0.3, 0.999], [], "cascade.rounds: sdm: .* ask for a sparsity"),
+        ("depth", {}, [0.25, 0.95], [], "cascade.rounds: depth: .* whole layers allow"),
+        ("depth", {}, [0.25, 0.3], [], "depth: .* asks for 0 of 3 layers"),
+        ("svd-whitened", {"storage": "gauge"}, [0.3, 0.9999], [], "cascade.rounds: .* can remove at most"),
+        ("svd-whitened", {"align": 64, "bias": True}, [0.3, 0.375], [], "cascade.rounds: .* at most 0.372"),
+        ("neurons", {"align": 32}, [0.3, 0.85], [], "one-shot control: .* can remove at most"),
+        ("svd", {}, [0.3], [BESIDE | {"method": "depth", "sparsity": 0.99}], "cascade.beside depth 99%"),
+        (
+            "svd",
+            {},
+            [0.3],
+            [BESIDE | {"method": "neurons", "sparsity": 0.999}],
+            "cascade.beside neurons 99.9%",
+        ),
+        ("svd", {}, [0.3], [BESIDE | {"method": "svd", "sparsity": 0.999}], "cascade.beside svd 99.9%"),
+    ],
+)
+def test_every_size_of_every_method_is_checked_before_any_work(method, more, rounds, beside, message):
+    tree = load(LAPTOP).model_dump(mode="json")
+    tree["prune"] |= {"method": method} | more
+    tree["cascade"] |= {"rounds": [{"sparsity": sparsity} for sparsity in rounds], "beside": beside}
+    with pytest.raises(ConfigError, match=message):
+        job.preflight(parse(tree, "test"))
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_makes_rounds_and_stands_beside_them(method):
+    tree = load(LAPTOP).model_dump(mode="json")
+    tree["prune"] |= {"method": method, "temperature": 1.0}
+    tree["cascade"] |= {
+        "rounds": [{"sparsity": 0.25}, {"sparsity": 0.5}],
+        "beside": [{"method": other, "sparsity": 0.5} for other in get_args(Method)],
+    }
+    steps = {step.name: step for step in job.preflight(parse(tree, "test"))}
+    sources = {"round 1": "dense", "round 2": "round 1"}
+    sources |= {f"{other} 50%": "dense" for other in get_args(Method)}
+    for name, source in sources.items():
+        step = steps[f"{name} pruned"]
+        needed = {"model": source, "dense": "dense"}
+        kind, allocation = step.identity["method"], step.identity.get("allocation")
+        if kind in ("svd-whitened", "neurons", "sdm", "depth") or (kind, allocation) == ("svd", "optimal"):
+            needed["statistics"] = f"statistics {source}"
+        if kind in ("wanda", "sdm"):
+            needed["texts"] = "corpus"
+        if kind == "sdm":
+            needed["cache"] = "cache dense"
+        assert step.inputs == needed
+        assert steps[f"export {name}"].identity == {"sparsity": step.identity["sparsity"], "method": kind}
+
+
+@pytest.mark.parametrize(
+    "method, field, value, matters",
+    [
+        ("svd", "storage", "gauge", True),
+        ("svd", "drop", "influence", False),
+        ("svd-whitened", "bias", True, True),
+        ("svd-whitened", "alpha", 0.1, False),
+        ("neurons", "allocation", "optimal", False),
+        ("neurons", "score", "leverage", True),
+        ("sdm", "alpha", 0.1, True),
+        ("depth", "drop", "influence", True),
+        ("depth", "align", 8, False),
+        ("wanda", "storage", "gauge", False),
+    ],
+)
+def test_only_what_bears_on_a_method_is_its_identity(method, field, value, matters):
+    def of(more):
+        tree = load(LAPTOP).model_dump(mode="json")
+        tree["prune"] |= {"method": method, "temperature": 1.0} | more
+        tree["cascade"] |= {"rounds": [{"sparsity": 0.25}]}
+        return refs(parse(tree, "test"))["round 1 pruned"]
+
+    assert (of({}) != of({field: value})) == matters
+
+
 @pytest.mark.parametrize(
     "path, value, message",
     [
+        ("prune.bias", True, "prune.bias is what svd-whitened adds .* svd has none"),
+        (
+            "prune.method",
+            "sdm",
+            r"sdm reads the teacher at prune.temperature 0.5, .* add it to teacher.temperatures",
+        ),
+        ("cascade.beside", [BESIDE | {"method": "sdm"}], "sdm reads the teacher at prune.temperature 0.5"),
+        ("cascade.beside", [BESIDE | {"method": "depth"}] * 2, "repeats a method at one sparsity"),
         ("distill.temperature", 3.0, "add it to teacher.temperatures"),
         ("cascade.controls", ["ce-only"], "keep dense\\+kd"),
         ("corpus.samples", 4, "less than one batch"),

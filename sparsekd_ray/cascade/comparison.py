@@ -26,7 +26,13 @@ SHOWN = (
     "method", "allocation", "sparsity", "mlp_params", "ppl_all", "ppl_std", "ppl_after", "predicted_loss", "seconds",
     "flops_per_token", "prefill_speedup", "prefill_limit", "decode_speedup", "decode_limit",
 )  # fmt: skip
-PLAINEST = {"allocation": "uniform", "storage": "factors", "bias": False, "drop": "block"}
+PLAINEST = {
+    "allocation": "uniform",
+    "storage": "factors",
+    "bias": False,
+    "drop": "block",
+    "score": "elimination",
+}
 CHANGES: dict[str, dict[str, Any]] = {
     **{rule: {"allocation": rule} for rule in get_args(Allocation)},
     "gauge": {"storage": "gauge"},
