@@ -28,15 +28,15 @@ def run(config: Config, sparsity: float, dry_run: bool, say: Say, table: Callabl
     store, settings = job.open_store(config), next(s for s in planned if s.name == PRUNED)
     wanted = planned[: planned.index(settings)] if dry_run else planned
     records = make(config, wanted, store, say)
-    from sparsekd_ray.prune import preview
-
-    task = _task(settings, planned, store)
-    rows = preview.table(task, here, lambda text: None)
-    table([*rows, preview.total(rows)])
     if not dry_run:
         export = planned[-1]
         say(f"\nmodel    {store.url(export.ref.key)}/{job.exported(records[export.name])}")
         say(f"load it  {job.load_command(store, export, records[export.name])}")
+        return
+    from sparsekd_ray.prune import preview
+
+    rows = preview.table(_task(settings, planned, store), here, lambda text: None)
+    table([*rows, preview.total(rows)])
 
 
 def compare(
