@@ -196,6 +196,6 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
     assert (tmp_path / "runs/tiny/comparison.png").is_file()
     again: list[str] = []
     pruning.run(config, 0.5, False, again.append, tables.append)
-    assert tables[1] == tables[0] and not any("▶ pruned" in line for line in again)
+    assert len(tables) == 1 and not any("▶ pruned" in line for line in again), "the comparison made it"
     assert again[-1].startswith("load it  python -c")
     assert Ref.of(again[-2].split(str(tmp_path) + "/")[1].rpartition("/")[0]).kind == "export"
