@@ -4,6 +4,7 @@
     python jobs/benchmark.py cache-read                   tokens per second of reading a cache, one core
     python jobs/benchmark.py capture                      capture against the bare forward pass, local and S3
     python jobs/benchmark.py signals --store store        students of topk, sampled and live full KL, three seeds
+    python jobs/benchmark.py prune                        seconds and memory of factorisations at real shapes
     python jobs/benchmark.py speed                        prefill and decode of pruned models, beside their limits
 
 `--store` is a store that holds a finished `make demo`, for its trained models.
@@ -93,6 +94,18 @@ def signals(
     return {"rows": rows}
 
 
+def prune(models: str = "phi4-mini,qwen3-0.6b", processes: int = 2) -> dict[str, Any]:
+    """Args:
+    models: Whose shapes, with random weights.
+    processes: Over which factorisations are spread.
+    """
+    from sparsekd_ray.benchmark import prune as measured
+
+    figures = measured.factorisations(models, processes, say)
+    cli.table([{"figure": key, "value": value} for key, value in figures.items()])
+    return figures
+
+
 def speed(
     shape: str = "qwen3_0_6b",
     layers: int = 4,
@@ -118,6 +131,7 @@ def main() -> int:
         "cache-read": cache_read,
         "capture": capture,
         "signals": signals,
+        "prune": prune,
         "speed": speed,
     }
     try:
