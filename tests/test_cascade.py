@@ -38,7 +38,11 @@ TINY = {
     },
     "teacher": {"k": 8},
     "distill": {"batch": 4, "validate_every": 4, "epochs": 1},
-    "cascade": {"rounds": [{"sparsity": 0.3, "teacher": "dense"}], "controls": ["ce-only"]},
+    "calibrate": {"samples": 16},
+    "cascade": {
+        "rounds": [{"sparsity": 0.3, "teacher": "dense"}], "controls": ["ce-only"],
+        "beside": [{"method": "neurons", "sparsity": 0.3}, {"method": "wanda", "sparsity": 0.3}],
+    },
 }  # fmt: skip
 
 
@@ -73,17 +77,32 @@ def finished(cluster, tmp_path_factory) -> Store:
 def test_a_finished_run_has_all_it_promises(finished):
     folder = Path(finished.root) / "runs" / "tiny"
     summary = json.loads((folder / "summary.json").read_text())
-    assert [row["stage"] for row in summary["rows"]] == ["Dense", "CE only", "Round 1"]
-    assert abs(summary["rows"][-1]["sparsity"] - 0.3) <= 0.02, "a rank is 1.6 % of so small a model's MLP"
+    stages = [row["stage"] for row in summary["rows"]]
+    assert stages == ["Dense", "CE only", "Round 1", "neurons 30%", "wanda 30%"]
+    for row in summary["rows"][2:]:
+        assert abs(row["sparsity"] - 0.3) <= 0.02, "a rank is 1.6 % of so small a model's MLP"
     assert "<svg" in (folder / "report.html").read_text()
     kinds = [json.loads(line)["kind"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {"cache", "distill", "evaluate", "export", "prune"} <= set(kinds)
+    assert {"cache", "distill", "evaluate", "export", "prune", "statistics"} <= set(kinds)
+
+
+def test_a_mask_is_the_same_after_distillation(finished):
+    from sparsekd_ray.model import checkpoint
+
+    steps = {step.name: step for step in job.preflight(tiny(finished.root))}
+    pruned, trained = (
+        checkpoint.load(finished.fetch(steps[n].ref)) for n in ("wanda 30% pruned", "wanda 30%")
+    )
+    for name in checkpoint.shapes_from_config(pruned):
+        before, after = (model.get_submodule(name).weight for model in (pruned, trained))
+        assert ((before == 0) == (after == 0)).all() and (before != after).any()
+    assert trained.config.mlp_mask == "wanda"
 
 
 def test_the_pruned_size_is_that_of_the_files(finished):
     from sparsekd_ray.model.checkpoint import tensors_on_disk
 
-    step = next(s for s in job.preflight(tiny(finished.root)) if s.kind == "prune")
+    step = next(s for s in job.preflight(tiny(finished.root)) if s.name == "round 1 pruned")
     record = finished.record(step.ref)
     tensors = tensors_on_disk(finished.fetch(step.ref))
     sizes = {name: a * b for name, (a, *rest) in tensors.items() for b in [rest[0] if rest else 1]}

@@ -112,7 +112,7 @@ def test_several_seeds_share_what_no_seed_touches():
     steps = steps_of(changed("cascade.seeds", [1, 2, 3]))
     kinds = [step.kind for step in steps]
     assert kinds.count("corpus") == 2 and kinds.count("dense") == 1
-    assert kinds.count("distill") == 3 * (3 + 3)
+    assert kinds.count("distill") == 3 * (3 + 3 + 1)
 
 
 def test_a_worker_group_takes_all_that_its_own_work_makes_possible():
@@ -228,11 +228,10 @@ def test_only_what_bears_on_a_method_is_its_identity(method, field, value, matte
     [
         ("prune.bias", True, "prune.bias is what svd-whitened adds .* svd has none"),
         (
-            "prune.method",
-            "sdm",
-            r"sdm reads the teacher at prune.temperature 0.5, .* add it to teacher.temperatures",
+            "prune",
+            {"method": "sdm", "temperature": 0.25},
+            r"sdm reads the teacher at prune.temperature 0.25, .* add it to teacher.temperatures",
         ),
-        ("cascade.beside", [BESIDE | {"method": "sdm"}], "sdm reads the teacher at prune.temperature 0.5"),
         ("cascade.beside", [BESIDE | {"method": "depth"}] * 2, "repeats a method at one sparsity"),
         ("distill.temperature", 3.0, "add it to teacher.temperatures"),
         ("cascade.controls", ["ce-only"], "keep dense\\+kd"),
