@@ -18,6 +18,7 @@ compare   --methods M …       a method, and what differs from its plainest for
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def compare(config: cli.Config, chosen: argparse.Namespace) -> None:
         tuple(chosen.sparsity or comparison.SPARSITIES),
         tuple(range(chosen.draws)),
         chosen.distill,
+        f"python {shlex.join(sys.argv)}",
         chosen.dry_run,
         say,
     )

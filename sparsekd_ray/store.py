@@ -31,6 +31,8 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from filelock import FileLock
+
 from sparsekd_ray.errors import ConfigError, IntegrityError, StoreError
 from sparsekd_ray.files import Files, disk_full
 from sparsekd_ray.lease import Lease, held
@@ -109,7 +111,21 @@ class Store(Files):
             raise StoreError(
                 f"{self.url(ref.key)} is not finished: no {RECORD}. Run the step that builds it."
             )
-        listed = record["files"]
+        with self._one_at_a_time(ref):
+            return self._fetched(ref, record["files"], files)
+
+    @contextmanager
+    def _one_at_a_time(self, ref: Ref) -> Iterator[None]:
+        """Of the processes of a machine, the first downloads an S3 artifact and the others find it."""
+        if not self.remote:
+            yield
+            return
+        lock = self.local(f"{ref.key}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            yield
+
+    def _fetched(self, ref: Ref, listed: dict[str, Fact], files: Sequence[str] | None) -> Path:
         if unknown := sorted(set(files or ()) - set(listed)):
             some = ", ".join(sorted(listed)[:9])
             raise StoreError(f"{self.url(ref.key)} holds no {unknown[0]}. It holds {some} …")

@@ -112,6 +112,7 @@ def records(distilled: bool) -> dict[str, tuple[Step, dict[str, Any]]]:
         metrics: dict[str, Any] = {"params": 1000, "mlp_params": 800}
         if step.kind == "prune":
             metrics |= {"mlp_params": round(800 * (1 - step.settings[0])), "predicted_loss": 0.5}
+            metrics |= {"sparsity": step.settings[0]}
         if step.kind == "evaluate":
             ppl = 8.0 if "distilled" in name else 10.0 + float(name[-1]) if "draw" in name else 5.0
             metrics = {"sliding": {"ppl": ppl, "domains": {"prose": {"ppl": ppl}, "code": {"ppl": 2 * ppl}}}}
@@ -166,7 +167,7 @@ def test_a_comparison_out_of_reach_is_refused_before_any_work(
     monkeypatch.setattr(pruning, "make", lambda *_: pytest.fail("work was begun"))
     config = changed("teacher.temperatures", [1.5, 2.0])
     with pytest.raises(ConfigError, match=message):
-        pruning.compare(config, methods, (sparsity,), (0,), False, False, print)
+        pruning.compare(config, methods, (sparsity,), (0,), False, "command", False, print)
 
 
 def test_one_pruning_out_of_reach_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,11 +189,12 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
     *layers, total = tables[0]
     assert [row["becomes"] for row in layers] == ["24 neurons"] * 2 and total["becomes"] == "−50.00%"
     said: list[str] = []
-    found = pruning.compare(config, ("svd", "neurons"), (0.5,), (0,), False, False, said.append)
+    found = pruning.compare(config, ("svd", "neurons"), (0.5,), (0,), False, "command", False, said.append)
     assert [row["method"] for row in found] == ["dense", "svd", "neurons"]
     assert all(row["prefill_speedup"] > 0 < row["decode_speedup"] for row in found[1:])
     assert found[1]["flops_per_token"] < found[0]["flops_per_token"] > found[2]["flops_per_token"]
-    assert json.loads(store.read_text("runs/tiny/comparison.json") or "") == found
+    kept = json.loads(store.read_text("runs/tiny/comparison.json") or "")
+    assert kept["rows"] == found and kept["command"] == "command" and "stride 16" in kept["protocol"]
     assert (tmp_path / "runs/tiny/comparison.png").is_file()
     again: list[str] = []
     pruning.run(config, 0.5, False, again.append, tables.append)

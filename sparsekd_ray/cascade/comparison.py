@@ -23,7 +23,7 @@ ALL = (
 )  # fmt: skip
 SPARSITIES = (0.15, 0.35, 0.5, 0.65)
 SHOWN = (
-    "method", "allocation", "sparsity", "mlp_params", "ppl_all", "ppl_std", "ppl_after", "predicted_loss", "seconds",
+    "method", "allocation", "sparsity", "removed", "mlp_params", "ppl_all", "ppl_std", "ppl_after", "predicted_loss", "seconds",
     "flops_per_token", "prefill_speedup", "prefill_limit", "decode_speedup", "decode_limit",
 )  # fmt: skip
 PLAINEST = {
@@ -77,7 +77,7 @@ def plan(
     every = [(text, sparsity, draw) for sparsity in sparsities for text in methods for draw in draws]
     for text, sparsity, draw in every:
         name = title(text, sparsity, draw)
-        steps.prune(book, name, sparsity, "dense", variant(text, config.prune), draw)
+        steps.prune(book, name, sparsity, "dense", variant(text, config.prune), config.calibrate.seed + draw)
         steps.evaluate(book, name)
     for text, sparsity, draw in every:
         if distilled and draw == draws[0]:
@@ -115,6 +115,8 @@ def rows(
                 text, first.identity.get("allocation", "uniform"), sparsity, [figures(n) for n in names]
             )
             row |= _sizes(record["metrics"]) | {
+                "removed": record["metrics"]["sparsity"],
+                "artifact": first.ref.key,
                 "predicted_loss": record["metrics"].get("predicted_loss"),
                 "seconds": record["seconds"],
             }
@@ -124,11 +126,23 @@ def rows(
     return table
 
 
+def protocol(config: Config, records: Mapping[str, dict[str, Any]], draws: Sequence[int]) -> str:
+    """How the figures were measured, in words."""
+    found = records["evaluate dense"]["metrics"]
+    return (
+        f"Perplexity per token on held-out documents, windows of {found['window']} tokens with stride "
+        f"{found['stride']}, every prediction counted, {found['dtype']}. Statistics of {config.calibrate.samples} "
+        f"training sequences, {len(draws)} draw{'s' if len(draws) > 1 else ''} of them. Distillation, where done: of "
+        f"the first draw, seed {config.cascade.seeds[0]}, {config.distill.epochs:g} × {config.corpus.samples} sequences "
+        f"of {config.corpus.seq_len}, learning rate {config.distill.lr:g}."
+    )
+
+
 def _row(method: str, allocation: str, sparsity: float, figures: list[dict[str, Any]]) -> dict[str, Any]:
     totals = [found["ppl"] for found in figures]
     spread = stdev(totals) if len(totals) > 1 else 0.0
     named = {"method": method, "allocation": allocation, "sparsity": sparsity}
-    unknown = dict.fromkeys(("ppl_after", "ppl_after_by_corpus", "predicted_loss", "seconds"))
+    unknown = dict.fromkeys(("removed", "ppl_after", "ppl_after_by_corpus", "predicted_loss", "seconds"))
     return named | {"ppl_all": fmean(totals), "ppl_std": spread, "ppl": _domains(figures)} | unknown
 
 

@@ -87,7 +87,7 @@ def run(config: Config, steps: list[Step], store: Store, say: Say, still_ours: C
     with connected(config.execution, say), _console(say) as lines:
         threading.Thread(target=_import_ahead, daemon=True).start()
         while pending:
-            batch = next_batch(pending)
+            batch = next_batch(pending, apart=config.execution.gpus)
             with ExitStack() as held:  # another run may want the same artifacts
                 for step in batch:
                     held.enter_context(store.lease(step.ref.key, f"run {config.name}", say=say))
@@ -98,12 +98,13 @@ def run(config: Config, steps: list[Step], store: Store, say: Say, still_ours: C
             pending = [step for step in pending if step not in batch]
 
 
-def next_batch(pending: list[Step]) -> list[Step]:
+def next_batch(pending: list[Step], apart: bool = False) -> list[Step]:
     """The next steps to run together; `pending` is in an order that respects inputs.
 
     A step that is ready and is no distillation runs alone, captures after the others: Ray keeps a process for the
     next task only until actors want its CPU. When only distillations are ready, a worker group starts, which costs
-    more than a small distillation: it also takes all that becomes possible by its own work, up to the next capture.
+    more than a small distillation: it also takes all that becomes possible by its own work, up to the next capture
+    and, with `apart`, up to the next work in pieces, which large models want on all GPUs.
     """
     waiting = {step.name for step in pending}
     ready = [step for step in pending if not waiting & set(step.inputs.values())]
@@ -111,8 +112,9 @@ def next_batch(pending: list[Step]) -> list[Step]:
     if alone:
         return alone[:1]
     group: list[Step] = []
+    outside = ("cache", *stages.IN_PIECES) if apart else ("cache",)
     for step in pending:
-        if step.kind != "cache" and not waiting & set(step.inputs.values()):
+        if step.kind not in outside and not waiting & set(step.inputs.values()):
             group.append(step)
             waiting.remove(step.name)
     return group

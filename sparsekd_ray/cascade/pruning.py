@@ -12,7 +12,6 @@ from sparsekd_ray import corpus
 from sparsekd_ray.cascade import budget, comparison, console, job, steps
 from sparsekd_ray.cascade.steps import Book, Step
 from sparsekd_ray.config import Config
-from sparsekd_ray.each import here
 from sparsekd_ray.model import source
 from sparsekd_ray.store import Ref, Store
 
@@ -33,9 +32,12 @@ def run(config: Config, sparsity: float, dry_run: bool, say: Say, table: Callabl
         say(f"\nmodel    {store.url(export.ref.key)}/{job.exported(records[export.name])}")
         say(f"load it  {job.load_command(store, export, records[export.name])}")
         return
+    from sparsekd_ray.cascade import driver
     from sparsekd_ray.prune import preview
 
-    rows = preview.table(_task(settings, planned, store), here, lambda text: None)
+    task = _task(settings, planned, store, config.execution.gpus)
+    with driver.connected(config.execution, say):
+        rows = preview.table(task, driver.spread(config.execution), lambda text: say(console.inside(text)))
     table([*rows, preview.total(rows)])
 
 
@@ -45,10 +47,12 @@ def compare(
     sparsities: Sequence[float],
     draws: Sequence[int],
     distilled: bool,
+    command: str,
     dry_run: bool,
     say: Say,
 ) -> list[dict[str, Any]]:
-    """All methods at equal sizes; the rows of the table, also kept in the run's directory with a drawing."""
+    """All methods at equal sizes; the rows of the table, also kept in the run's directory with a drawing, and once
+    more when the students' speeds have been measured."""
     identity = {} if config.model.standin else source.identify(config.model)
     arguments = (methods, sparsities, draws)
     shapes = source.mlp_shapes(config.model)
@@ -65,8 +69,19 @@ def compare(
     records = make(config, planned, store, say)
     made = {name: (step, records[step.name]) for name, step in names.items()}
     rows = comparison.rows(made, *arguments)
-    _add_speeds(rows, made, store, config, methods, sparsities, draws, say)
-    _keep(rows, config, store, say)
+    about = {
+        "command": command,
+        "protocol": comparison.protocol(config, records, draws),
+        "device": device(config),
+    }
+    keep(about | {"rows": rows}, config, store)
+    names_of_rows = [
+        comparison.title(text, sparsity, draws[0]) for sparsity in sparsities for text in methods
+    ]
+    _add_speeds(rows, [made[name][0] for name in ("dense", *names_of_rows)], store, config, say)
+    keep(about | {"rows": rows}, config, store)
+    folder = f"{store.root}/runs/{config.name}"
+    say(f"\ntable    {folder}/comparison.json\ndrawing  {folder}/comparison.png")
     return rows
 
 
@@ -75,10 +90,11 @@ def make(config: Config, planned: list[Step], store: Store, say: Say) -> dict[st
     store.check()
     records = job.find(planned, store)
     say(console.plan_text(config, planned, records))
-    if len(records) < len(planned):
-        from sparsekd_ray.cascade import driver  # imports Ray
+    with store.lease(f"runs/{config.name}/driver", f"run {config.name}", say=say) as lease:
+        job.write_run(config, planned, store)
+        if len(records) < len(planned):
+            from sparsekd_ray.cascade import driver  # imports Ray
 
-        with store.lease(f"runs/{config.name}/driver", f"run {config.name}", say=say) as lease:
             driver.run(config, planned, store, say, lease.ensure)
     return job.find(planned, store)
 
@@ -94,22 +110,22 @@ def _plan_one(config: Config, sparsity: float) -> list[Step]:
     return book.steps
 
 
-def _task(step: Step, planned: list[Step], store: Store) -> Any:
+def _task(step: Step, planned: list[Step], store: Store, gpu: bool) -> Any:
     from sparsekd_ray.cascade import stages
 
     refs: dict[str, Ref] = {s.name: s.ref for s in planned}
-    return stages.prune_task(step, {role: refs[name] for role, name in step.inputs.items()}, store, False)
+    return stages.prune_task(step, {role: refs[name] for role, name in step.inputs.items()}, store, gpu)
+
+
+def device(config: Config) -> str:
+    """Where this process measures speeds: a GPU if the run has them and one is here."""
+    import torch
+
+    return "cuda" if config.execution.gpus and torch.cuda.is_available() else "cpu"
 
 
 def _add_speeds(
-    rows: list[dict[str, Any]],
-    made: dict[str, tuple[Step, dict[str, Any]]],
-    store: Store,
-    config: Config,
-    methods: Sequence[str],
-    sparsities: Sequence[float],
-    draws: Sequence[int],
-    say: Say,
+    rows: list[dict[str, Any]], models: list[Step], store: Store, config: Config, say: Say
 ) -> None:
     """Prefill and decode of every student against the dense model, in this process, one student at a time."""
     import torch
@@ -117,26 +133,27 @@ def _add_speeds(
     from sparsekd_ray.evaluate import speed
     from sparsekd_ray.model import checkpoint
 
-    device, dtype = ("cuda", "bfloat16") if config.execution.gpus else ("cpu", "float32")
+    place = {"device": device(config), "dtype": "bfloat16" if device(config) == "cuda" else "float32"}
     torch.set_num_threads(config.execution.threads)
-    dense = checkpoint.load(store.fetch(made["dense"][0].ref), dtype=dtype, device=device)
+    dense = checkpoint.load(store.fetch(models[0].ref), **place)
     context = dense.config.max_position_embeddings
     new_tokens = min(NEW_TOKENS, context // 2)
     prompt = min(PROMPT, context - new_tokens)
-    names = [comparison.title(text, sparsity, draws[0]) for sparsity in sparsities for text in methods]
     rows[0] |= {"flops_per_token": speed.flops_per_token(dense, prompt)}
-    for row, name in zip(rows[1:], names, strict=True):
-        student = checkpoint.load(store.fetch(made[name][0].ref), dtype=dtype, device=device)
+    for row, step in zip(rows[1:], models[1:], strict=True):
+        student = checkpoint.load(store.fetch(step.ref), **place)
         row |= {"flops_per_token": speed.flops_per_token(student, prompt)}
         row |= speed.compare(dense, student, prompt=prompt, new_tokens=new_tokens, repeats=REPEATS)
-        say(f"speed of {name}: prefill {row['prefill_speedup']:.2f} ×, decode {row['decode_speedup']:.2f} ×")
+        say(
+            f"speed of {step.name}: prefill {row['prefill_speedup']:.2f} ×, decode {row['decode_speedup']:.2f} ×"
+        )
 
 
-def _keep(rows: list[dict[str, Any]], config: Config, store: Store, say: Say) -> None:
+def keep(table: dict[str, Any], config: Config, store: Store) -> None:
+    """Writes the table and its drawing into the run's directory."""
     folder = f"runs/{config.name}"
-    store.write_text(f"{folder}/comparison.json", json.dumps(rows, indent=1))
+    store.write_text(f"{folder}/comparison.json", json.dumps(table, indent=1))
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "comparison.png"
-        comparison.draw(rows, path)
+        comparison.draw(table["rows"], path)
         store.write_bytes(f"{folder}/comparison.png", path.read_bytes())
-    say(f"\ntable    {store.root}/{folder}/comparison.json\ndrawing  {store.root}/{folder}/comparison.png")

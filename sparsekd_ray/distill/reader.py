@@ -5,9 +5,11 @@ Shapes: B sequences, L tokens, N = B · (L − 1) predictions, K kept ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from sparsekd_ray.distill.schedule import SHARDS_IN_WINDOW
@@ -43,17 +45,18 @@ class SampleReader:
 
         self._shard = shard
 
-    def targets(self, samples: list[str]) -> list[Target]:
-        """The teacher at every position of these samples, in their order. ModelError if one is not in the cache."""
-        found: dict[str, Target] = {}
-        for index in range(len(self.shard_rows)):
-            rows = self._shard(index)
-            found |= {
-                name: rows.part(row) for row, name in enumerate(rows.sample_ids) if name in set(samples)
-            }
-        if missing := [name for name in samples if name not in found]:
-            raise ModelError(f"the cache holds no sample {missing[0]}: capture it from the corpus that does")
-        return [found[name] for name in samples]
+    def targets(self, places: Sequence[int], samples: Sequence[str]) -> list[Target]:
+        """The teacher at every position of these rows, counted over all shards, which must have these names."""
+        ends, found = np.cumsum(self.shard_rows), []
+        for place, sample in zip(places, samples, strict=True):
+            index = int(np.searchsorted(ends, place, side="right"))
+            rows, row = self._shard(index), int(place - ends[index] + self.shard_rows[index])
+            if rows.sample_ids[row] != sample:
+                raise ModelError(
+                    f"row {place} of the cache is {rows.sample_ids[row]!r}, of the corpus {sample!r}: capture it again"
+                )
+            found.append(Target(*(column.clone() for column in rows.part(row))))  # not the shard's memory
+        return found
 
     def batch(self, samples: list[tuple[int, int]], device: Any) -> Batch:
         """The samples as one batch on `device`."""

@@ -27,12 +27,13 @@ METHODS = {  # what the student is, where its architecture does not say it, and 
     "svd": ("Low-rank", "Pruned by truncated singular value decomposition of its MLP matrices"),
     "svd-whitened": (
         "Low-rank",
-        "Pruned by singular value decomposition of its MLP matrices in the metric of their inputs on calibration text",
+        "Pruned by singular value decomposition of its MLP matrices in the metric of their inputs and of the loss on "
+        "calibration text",
     ),
     "neurons": (
         "Narrower",
-        "Pruned by removing the MLP neurons of least leverage on calibration text, as many in every layer, and "
-        "refitting the others by least squares (after MoDeGPT)",
+        "Pruned by removing the MLP neurons that the others can best stand in for on calibration text, as many in "
+        "every layer, and refitting the others by least squares",
     ),
     "sdm": (
         "Narrower",

@@ -7,8 +7,9 @@ now: dense, or the rank it has. Truncation to rank r loses the energy Σ_{i>r} �
 - energy: one number ε = 1 − τ is the share of its energy that any matrix may lose; every matrix keeps the
   smallest rank that does. ε is bisected until the count comes to the budget.
 - tiered (SparseKD): as energy, but the protected matrices (first and last layer, every down_proj) may lose half.
-- optimal: the least sum of weight × energy lost, over all choices that meet the budget. With whitened spectra and
-  no weights this is the squared error of all MLP outputs; with Fisher scalars as weights, nats per token.
+- optimal: the least sum of weight × energy lost, over all choices that meet the budget and do not overdraw it. With
+  whitened spectra and no weights this is the squared error of all MLP outputs; with Fisher scalars as weights, nats
+  per token.
 
 Spectra of language models are flat and ranks come in whole steps, so whatever the rule, the count is within 0.1 % of
 the original MLP's parameters, or as near as whole steps allow: the searches are in `knapsack.py`.
@@ -170,8 +171,11 @@ def _bisect(table: list[Options], target: int) -> list[int]:
 
 
 def _optimal(table: list[Options], target: int, tolerance: float) -> list[int]:
-    """The least sum of losses within tolerance of the target, or at the nearest count that there is."""
-    chosen, gap = knapsack.least_loss(table, target, tolerance)
+    """The least sum of losses of a count up to `tolerance` below the target; where there is none, within tolerance
+    of it or at the nearest count. More parameters always lose less: a rule that minimises must not overdraw."""
+    chosen, gap = knapsack.least_loss(table, target - int(tolerance) // 2, tolerance / 2)
+    if not target - tolerance <= knapsack.count(table, chosen) <= target:
+        chosen, gap = knapsack.least_loss(table, target, tolerance)
     if gap > GAP * knapsack.loss(table, chosen):
         raise ConfigError(
             f"the allocation found loses {knapsack.loss(table, chosen):.4g}, and it is not proven that none loses "

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,8 +89,7 @@ def measure(
         torch.set_num_threads(1)  # first attempt or last piece left: the last bits of a sum depend on it
     ids_BL = tokens(sample(store, texts, settings))
     # the first piece of a machine downloads the weights, the others find them
-    with FileLock(Path(tempfile.gettempdir()) / f"sparsekd-{model.fingerprint}.lock"):
-        directory = store.fetch(model)
+    directory = store.fetch(model)
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     loaded = checkpoint.load(directory, dtype=dtype, device=device)
     for name, tensor in loaded.state_dict().items():
@@ -125,8 +122,20 @@ def sample(store: Store, texts: Ref, settings: Calibrate) -> pa.Table:
             f"calibrate.samples is {settings.samples}, the corpus has {table.num_rows} training sequences: "
             "lower the one, or raise corpus.samples"
         )
+    rows = table.take(drawn(table.num_rows, settings)).combine_chunks()
+    lengths_B = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
+    if (odd := np.flatnonzero(lengths_B != lengths_B[0])).size:
+        raise CorpusError(
+            f"sample {rows['sample_id'][int(odd[0])]} has {lengths_B[odd[0]]} tokens, the first one {lengths_B[0]}: "
+            "statistics are of sequences of one length; build the corpus again"
+        )
+    return rows
+
+
+def drawn(rows: int, settings: Calibrate) -> np.ndarray:
+    """Which of so many training rows, rising."""
     generator = np.random.default_rng(settings.seed)
-    return table.take(np.sort(generator.choice(table.num_rows, settings.samples, replace=False)))
+    return np.sort(generator.choice(rows, settings.samples, replace=False))
 
 
 def layer_name(index: int) -> str:
@@ -193,7 +202,7 @@ def _check_tokens(manifest: dict[str, Any], say: Callable[[str], None]) -> None:
 
 
 def _publish(store: Store, out: Ref, name: str, tensors: dict[str, Tensor]) -> None:
-    if store.pull(out, name):  # another attempt was faster
+    if store.record(out) is not None or store.pull(out, name):  # another attempt was faster
         return
     with store.publishing(out, name) as path:
         save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, path)

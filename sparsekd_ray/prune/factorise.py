@@ -48,9 +48,15 @@ class Plan(NamedTuple):
 
 
 def plan(task: Task, each: Each, say: Say) -> Plan:
-    """Ranks of all matrices under the budget."""
+    """Ranks of all matrices under the budget, which is checked before the first spectrum."""
     folder = task.folder()
     shapes = checkpoint.shapes_from_config(folder)
+    _choose(
+        task,
+        "uniform",
+        {name: np.ones(_present(task, name, shape)) for name, shape in shapes.items()},
+        shapes,
+    )
     names = [*shapes, *(pairs := _pairs(task, shapes))]
     shapes |= {name: (2 * shapes[gate][0], shapes[gate][1]) for name, (gate, _) in pairs.items()}
     spectra: dict[str, np.ndarray] = {}
@@ -61,20 +67,31 @@ def plan(task: Task, each: Each, say: Say) -> Plan:
         for name in pair if _joint_wins(task, shapes, spectra, joint, pair) else (joint,):
             del shapes[name], spectra[name]
     spectra, shapes = {name: spectra[name] for name in shapes}, _ordered(shapes)
-    settings = task.settings
-    ranks = allocate.choose(
-        settings.allocation,
+    ranks = _choose(task, task.settings.allocation, spectra, shapes)
+    loss = None if task.statistics is None else allocate.losses(spectra, shapes, ranks)
+    return Plan(shapes, ranks, loss)
+
+
+def _choose(
+    task: Task, rule: allocate.Rule, spectra: Mapping[str, np.ndarray], shapes: Shapes
+) -> dict[str, int | None]:
+    """Ranks by a rule; ConfigError, whatever the spectra, where the budget is out of reach."""
+    return allocate.choose(
+        rule,
         spectra,
         shapes,
         task.sparsity,
-        settings.align,
+        task.settings.align,
         task.dense_mlp_params,
         protected=allocate.protected_names(shapes),
-        gauge=settings.storage == "gauge",
-        bias=settings.bias,
+        gauge=task.settings.storage == "gauge",
+        bias=task.settings.bias,
     )
-    loss = None if task.statistics is None else allocate.losses(spectra, shapes, ranks)
-    return Plan(shapes, ranks, loss)
+
+
+def _present(task: Task, name: str, shape: tuple[int, int]) -> int:
+    """The rank that a matrix has now."""
+    return checkpoint.mlp_ranks(task.folder()).get(name, min(shape))
 
 
 def student(task: Task, each: Each, say: Say) -> tuple[Any, dict[str, Any]]:
@@ -102,11 +119,15 @@ def student(task: Task, each: Each, say: Say) -> tuple[Any, dict[str, Any]]:
 
 
 def spectrum(task: Task, name: str) -> np.ndarray:
-    """A piece: the singular values of a matrix, as many as it may keep at most, scaled as told above."""
+    """A piece: the singular values of a matrix, as many as it may keep at most, scaled as told above; published."""
+    if (found := task.published(f"{name}.spectrum", {})) is not None:
+        return found["sigma"].numpy()
     W_mn, gram_nn, weight_m, _ = problem(task, name)
     with naming(name):
         sigma_k = svd.singular_values(W_mn, gram_nn, weight_m)
-    return sigma_k[: checkpoint.mlp_ranks(task.folder()).get(name)].cpu().numpy()
+    sigma_k = sigma_k[: checkpoint.mlp_ranks(task.folder()).get(name)].cpu()
+    task.publish(f"{name}.spectrum", {"sigma": sigma_k}, {})
+    return sigma_k.numpy()
 
 
 def factors(task: Task, name: str, rank: int) -> None:

@@ -78,6 +78,10 @@ class Task:
         text = {"about": json.dumps(about, sort_keys=True)}
         with self.store.publishing(self.out, _place(name)) as path:
             save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, path, text)
+        if (
+            self.store.remote
+        ):  # whoever needs it fetches it; this machine's disk is not for other machines' pieces
+            self.store.local(f"{self.out.key}/{_place(name)}").unlink(missing_ok=True)
 
     def published(self, name: str, about: dict[str, Any]) -> Tensors | None:
         """A piece's result, if it was kept and is of the same thing."""
