@@ -352,16 +352,14 @@ def test_a_row_without_a_prediction_is_refused(captured):
 @pytest.mark.parametrize(
     "seq_len, told", [(LENGTH, f"000001 has 9 tokens.*all have {LENGTH}"), (None, "000003 has 1")]
 )
-def test_rows_that_are_not_as_long_as_the_corpus_says_are_refused_before_any_work(
-    cluster, tmp_path, seq_len, told
-):
+def test_rows_that_are_not_as_long_as_the_corpus_says_are_refused_before_any_work(tmp_path, seq_len, told):
     lengths = [LENGTH, 9, LENGTH, 1 if seq_len is None else LENGTH]
     store = capturing.prepare(Store(str(tmp_path)), unequal_rows(lengths), seq_len)
     with pytest.raises(CorpusError, match=told):
         capturing.run(store)
 
 
-def test_a_sample_id_that_occurs_twice_is_refused_before_any_work(cluster, tmp_path):
+def test_a_sample_id_that_occurs_twice_is_refused_before_any_work(tmp_path):
     store = capturing.prepare(Store(str(tmp_path)), pa.concat_tables([shard_rows(9), shard_rows(4)]))
     with pytest.raises(CorpusError, match="prose-train-000000 occurs more than once"):
         capturing.run(store)

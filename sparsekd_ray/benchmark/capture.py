@@ -3,7 +3,8 @@
 Bare: one process per core, weights loaded and warm, hidden states and logits of its share of the sequences, nothing
 kept. Capture: everything from Ray Data to the published shard. `ratio` compares speeds between the first shards and the
 last (so without start and end), `whole` includes both, on a text this short. Every capture is compared with the mean of
-the bare passes before and after it, since the speed of a shared machine drifts.
+the bare passes before and after it, since the speed of a shared machine drifts. `cpu_ratio` compares tokens per second
+of CPU time, of all processes that a capture needs but for an S3 server: the ratio where nobody else computes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 
 from sparsekd_ray import corpus
@@ -51,18 +54,19 @@ def ratios(pairs: int, sequences: int, say: Callable[[str], None]) -> dict[str, 
         stores = {"": Store(f"{folder}/store"), "_s3": Store(bucket, f"{folder}/scratch")}
         for store in stores.values():
             _prepare(store, sequences)
-        before = _bare(stores[""])
+        before = np.array(_bare(stores[""]))
         for pair in range(pairs):
             for end, store in stores.items():
-                steady, whole = _captured(store, Ref("cache", "random", f"cc{pair}"))
-                after = _bare(stores[""])
-                bare, before = (before + after) / 2, after
+                steady, whole, cpu = _captured(store, Ref("cache", "random", f"cc{pair}"))
+                after = np.array(_bare(stores[""]))
+                (bare, bare_cpu), before = ((before + after) / 2).tolist(), after
+                figures = {"ratio": steady / bare, "whole": whole / bare, "cpu_ratio": cpu / bare_cpu}
                 measured["bare"].append(bare)
-                measured[f"ratio{end}"].append(steady / bare)
-                measured[f"whole{end}"].append(whole / bare)
+                for name, figure in figures.items():
+                    measured[f"{name}{end}"].append(figure)
                 say(
-                    f"pair {pair + 1}{end}: bare {bare:,.0f} tokens/s, capture {steady:,.0f} "
-                    f"({steady / bare:.3f}), with start-up {whole:,.0f}"
+                    f"pair {pair + 1}{end}: bare {bare:,.0f} tokens/s, capture {steady:,.0f} ({steady / bare:.3f}; by "
+                    f"CPU time {cpu / bare_cpu:.3f}), with start-up {whole:,.0f}"
                 )
     medians = {name: statistics.median(values) for name, values in measured.items()}
     return medians | {"pairs": measured["ratio"], "pairs_s3": measured["ratio_s3"]}
@@ -92,8 +96,8 @@ def _prepare(store: Store, sequences: int) -> None:
     store.commit(TEXTS, identity={}, inputs={}, metrics={}, seconds=0)
 
 
-def _bare(store: Store) -> float:
-    """Tokens per second of `CORES` processes together."""
+def _bare(store: Store) -> tuple[float, float]:
+    """Tokens per second of `CORES` processes together, and per second of their CPU time."""
     teacher, texts = (str(store.fetch(ref)) for ref in (TEACHER, TEXTS))
     context = multiprocessing.get_context("spawn")
     barrier, seconds = context.Barrier(CORES), context.Queue()
@@ -105,7 +109,8 @@ def _bare(store: Store) -> float:
     found = [seconds.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return sum(count for count, _ in found) / max(duration for _, duration in found)
+    count, duration, cpu = np.array(found).T
+    return float(count.sum() / duration.max()), float(count.sum() / cpu.sum())
 
 
 def _forward(teacher: str, texts: str, index: int, barrier: Any, seconds: Any) -> None:
@@ -115,26 +120,43 @@ def _forward(teacher: str, texts: str, index: int, barrier: Any, seconds: Any) -
     for _ in forward.logits(batches[0]):  # warm
         pass
     barrier.wait()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for batch in batches:
         for _ in forward.logits(batch):
             pass
-    seconds.put((sum(batch.numel() for batch in batches), time.perf_counter() - started))
+    count = sum(batch.numel() for batch in batches)
+    seconds.put((count, time.perf_counter() - started, time.process_time() - cpu))
 
 
-def _captured(store: Store, out: Ref) -> tuple[float, float]:
-    """Tokens per second between the first and the last shards, all actors at work at both ends; and of the whole."""
+def _captured(store: Store, out: Ref) -> tuple[float, float, float]:
+    """Tokens per second between the first and the last shards, all actors at work at both ends; of the whole; and per
+    second of CPU time between those shards."""
     from sparsekd_ray.teacher.capture import capture
 
-    moments = [time.perf_counter()]
+    moments = [(time.perf_counter(), _cpu_seconds())]
     capture(
         TEACHER, TEXTS, out, settings=Teacher(codec="compact"), store=store, execution=Execution(actors=CORES),
-        say=lambda line: moments.append(time.perf_counter()),
+        say=lambda line: moments.append((time.perf_counter(), _cpu_seconds())),
     )  # fmt: skip
-    finished, shard = moments[1:], SHARD_ROWS * LENGTH
-    first, last = CORES - 1, len(finished) - 1 - CORES
-    steady = (last - first) * shard / (finished[last] - finished[first])
-    return steady, len(finished) * shard / (finished[-1] - moments[0])
+    finished, cpu = np.array(moments).T
+    first, last = CORES, len(finished) - 1 - CORES
+    tokens_between = (last - first) * SHARD_ROWS * LENGTH
+    whole = (len(finished) - 1) * SHARD_ROWS * LENGTH / (finished[-1] - finished[0])
+    return (
+        tokens_between / (finished[last] - finished[first]),
+        whole,
+        tokens_between / (cpu[last] - cpu[first]),
+    )
+
+
+def _cpu_seconds() -> float:
+    """So far, of this process and of what it started and is still there, but for the S3 server."""
+    me, total = psutil.Process(), 0.0
+    for process in [me, *me.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += 0.0 if "rclone" in process.name() else times.user + times.system
+    return total
 
 
 @contextmanager

@@ -75,21 +75,25 @@ def topk(logits_NV: torch.Tensor, k: int, temperatures: tuple[float, ...]) -> To
     """The k likeliest ids with log-probabilities, and log Z_T for each temperature."""
     logits_NV = logits_NV.float()
     values_NK, ids_NK = largest(logits_NV, k)
-    below_NV = logits_NV - values_NK[:, :1]
-    log_sum = _log_sums(below_NV, {1.0, *temperatures})
+    log_sum = _log_sums(logits_NV, values_NK[:, :1], {1.0, *temperatures})
     log_z = [log_sum[t] - log_sum[1.0] / t for t in temperatures]
     log_z_NT = torch.stack(log_z, -1) if log_z else values_NK.new_zeros(len(values_NK), 0)
     return TopK(ids_NK.int(), values_NK - values_NK[:, :1] - log_sum[1.0][:, None], log_z_NT)
 
 
-def _log_sums(below_NV: torch.Tensor, temperatures: set[float]) -> dict[float, torch.Tensor]:
-    """log Σ_v exp(x_v / t) for each t, where no x is above 0. At twice the temperature the terms are square roots,
-    which cost a third of exponentials."""
+def _log_sums(
+    logits_NV: torch.Tensor, top_N1: torch.Tensor, temperatures: set[float]
+) -> dict[float, torch.Tensor]:
+    """log Σ_v exp((x_v − top) / t) for each t. At twice the temperature the terms are square roots, which cost a third
+    of exponentials."""
     found: dict[float, torch.Tensor] = {}
+    terms_NV = torch.empty_like(
+        logits_NV
+    )  # one for all: memory that was never touched is slower than the arithmetic
     for t in sorted(temperatures):
         if t / 2 in temperatures:
             continue
-        terms_NV = (below_NV / t).exp_()
+        torch.sub(logits_NV, top_N1, out=terms_NV).div_(t).exp_()
         found[t] = terms_NV.sum(-1).log_()
         while 2 * t in temperatures:
             t *= 2
@@ -104,7 +108,7 @@ def largest(values_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     members are sorted.
     """
     groups = values_NV.shape[1] // GROUP
-    if groups <= k:
+    if groups <= 4 * k:  # the members of k groups would be a good part of the row
         return values_NV.topk(k, dim=-1)
     whole_NGg = values_NV[:, : groups * GROUP].unflatten(1, (groups, GROUP))
     best_NK = whole_NGg.amax(-1).topk(k, dim=-1, sorted=False).indices
