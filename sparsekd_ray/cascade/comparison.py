@@ -23,8 +23,8 @@ ALL = (
 )  # fmt: skip
 SPARSITIES = (0.15, 0.35, 0.5, 0.65)
 SHOWN = (
-    "method", "allocation", "sparsity", "removed", "mlp_params", "ppl_all", "ppl_std", "ppl_after", "predicted_loss", "seconds",
-    "flops_per_token", "prefill_speedup", "prefill_limit", "decode_speedup", "decode_limit",
+    "method", "allocation", "sparsity", "removed", "mlp_params", "ppl_all", "ppl_std", "ppl_after", "predicted_loss",
+    "seconds", "flops_per_token", "prefill_speedup", "prefill_limit", "decode_speedup", "decode_limit",
 )  # fmt: skip
 PLAINEST = {
     "allocation": "uniform",
@@ -133,8 +133,8 @@ def protocol(config: Config, records: Mapping[str, dict[str, Any]], draws: Seque
         f"Perplexity per token on held-out documents, windows of {found['window']} tokens with stride "
         f"{found['stride']}, every prediction counted, {found['dtype']}. Statistics of {config.calibrate.samples} "
         f"training sequences, {len(draws)} draw{'s' if len(draws) > 1 else ''} of them. Distillation, where done: of "
-        f"the first draw, seed {config.cascade.seeds[0]}, {config.distill.epochs:g} × {config.corpus.samples} sequences "
-        f"of {config.corpus.seq_len}, learning rate {config.distill.lr:g}."
+        f"the first draw, seed {config.cascade.seeds[0]}, {config.distill.epochs:g} × {config.corpus.samples} "
+        f"sequences of {config.corpus.seq_len}, learning rate {config.distill.lr:g}."
     )
 
 
