@@ -4,16 +4,21 @@ With h the input of down (act(gate x) · up x) and C = Σ h hᵀ over calibratio
 nearly a combination of the others' is not missed: its ridge leverage score s_i = [C (C + λI)^{-1}]_ii is small.
 The outputs of the neurons K that stay are then fitted to the outputs of all (MoDeGPT, Lin et al. 2024, type I):
 the least squares problem min_W' Σ ‖W h − W' h_K‖² has the solution W' = W C[:,K] C_KK^{-1}. With the ridge,
-    W' = W_K + W_R C_RK (C_KK + λI)^{-1},     R: the neurons that go,
+    W' = W_K + W_R C_RK (C_KK + Λ_K)^{-1},     R: the neurons that go,
 that is, W' is drawn towards the plain slice W_K and not towards zero. Where the calibration text says nothing (a
 neuron that never fired, too few tokens) the weights stay what they were, and keeping all neurons changes nothing.
 
 Leverage judges each neuron with all others present, and so drops twins together. Backward elimination does not: it
 takes neurons out one after the other, each time the one whose removal, after the best refit, costs least (Optimal Brain
-Surgeon, Hassibi and Stork 1993, with whole columns of down). With P = (C + λI)^{-1} of the neurons still there, that is
+Surgeon, Hassibi and Stork 1993, with whole columns of down). With P = (C + Λ)^{-1} of the neurons still there, that is
 the smallest ‖w_i‖² / P_ii; it costs no more calibration and keeps more of the model.
 
-λ is `ridge` times the mean of C's diagonal, hence independent of the scale and of the number of tokens.
+Λ is diagonal, `ridge` times C's own diagonal. A neuron in other units (activation times a, column of down over a), or
+more tokens, therefore change nothing, and a neuron with a few massive activations does not hold the others back, as it
+would if λ were one number for all. Leverage alone keeps one number, since it has no weights to tell it a neuron's
+importance and must look at its size: λ is `ridge` times the median of the diagonal, which massive neurons do not move.
+All is factorised in the units in which every neuron's sum of squares is 1:
+    Ĉ = D^{-1/2} C D^{-1/2},     ŵ_i = w_i √D_i,     D = Λ / ridge.
 
 Shapes: D hidden size, I neurons, K neurons kept, R neurons removed.
 """
@@ -25,8 +30,9 @@ import torch
 from sparsekd_ray.errors import ConfigError, ModelError
 from sparsekd_ray.model.mlp import MLP, require_finite
 
-# Results are flat from 1e-6 to 1e-2; rounding of C in fp32 needs some 1e-5 at 8192 neurons.
 RIDGE = 1e-3
+SILENT = 1e-12  # of the median of C's diagonal: a neuron below it counts as one of that size
+ROUNDING = 0.1  # of ridge · C_ii: less than this for λ would drown in rounding where C was summed in fp32
 ROUNDS = 256  # of an elimination; a wide layer loses several neurons in each
 POOL = 4  # candidates for each neuron of a round
 
@@ -61,16 +67,16 @@ def width(
 
 
 def leverage(gram_II: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
-    """s_i = [C (C + λI)^{-1}]_ii, from 0 to 1, in float64; 0 for every neuron if C is zero.
+    """s_i = [C (C + λI)^{-1}]_ii, from 0 to 1, in float64; 0 for a neuron that never fired.
 
-    Raises ModelError if C is not finite, or too noisy for so small a ridge.
+    For a neuron of more than 10 times the median's sum of squares λ is a tenth of ridge · C_ii instead, above the
+    rounding of C. Raises ModelError if C is not finite, or too noisy for so small a ridge.
     """
-    gram_II, shift = _checked(gram_II, ridge)
-    if shift == 0:
-        return torch.zeros_like(gram_II[0])
-    # C (C + λI)^{-1} = I − λ (C + λI)^{-1}
-    inverse_II = torch.cholesky_inverse(_cholesky(gram_II, shift))
-    return (1 - shift * inverse_II.diagonal()).clamp_(0, 1)
+    unit_II, size_I = _in_units(gram_II, ridge)
+    shift_I = ridge * (_usual(gram_II) / size_I.square()).clamp_min(ROUNDING)
+    # C (C + Λ)^{-1} = I − Λ (C + Λ)^{-1}, whose diagonal is the same in all units
+    inverse_II = torch.cholesky_inverse(_cholesky(unit_II, shift_I))
+    return (1 - shift_I * inverse_II.diagonal()).clamp_(0, 1)
 
 
 def keep(score_I: torch.Tensor, width: int) -> torch.Tensor:
@@ -90,9 +96,9 @@ def eliminate(down_DI: torch.Tensor, gram_II: torch.Tensor, width: int, ridge: f
     require_finite("down_DI", down_DI)
     if not 0 < width <= len(gram_II):
         raise ValueError(f"width {width} of {len(gram_II)} neurons; allowed: 1 to {len(gram_II)}")
-    gram_II, shift = _checked(gram_II.to(down_DI.device), ridge)
-    weight_DA = down_DI.double()  # A: the neurons still there
-    inverse_AA = torch.cholesky_inverse(_cholesky(gram_II, shift or 1.0))  # if C is zero, ‖w_i‖² decides
+    unit_II, size_I = _in_units(gram_II.to(down_DI.device), ridge)
+    weight_DA = down_DI.double() * size_I  # A: the neurons still there
+    inverse_AA = torch.cholesky_inverse(_cholesky(unit_II, ridge))
     left_A = torch.arange(len(gram_II), device=down_DI.device)
     while len(left_A) > width:
         number = min(max(1, len(gram_II) // ROUNDS), len(left_A) - width)
@@ -132,47 +138,76 @@ def refit(
     noisy for so small a ridge.
     """
     require_finite("down_DI", down_DI)
-    gram_II, shift = _checked(gram_II, ridge)
+    unit_II, size_I = _in_units(gram_II.to(down_DI.device), ridge)
     kept_K = kept_K.to(down_DI.device)
-    gone_I = torch.ones(len(gram_II), dtype=torch.bool, device=down_DI.device)
+    gone_I = torch.ones(len(unit_II), dtype=torch.bool, device=down_DI.device)
     gone_I[kept_K] = False
-    down_DK, down_DR = down_DI[:, kept_K].double(), down_DI[:, gone_I].double()
-    gram_II = gram_II.to(down_DI.device)
-    if shift > 0 and gone_I.any():
-        missing_KD = gram_II[kept_K][:, gone_I] @ down_DR.T
-        down_DK += torch.cholesky_solve(missing_KD, _cholesky(gram_II[kept_K][:, kept_K], shift)).T
+    down_DK = down_DI[:, kept_K].double()
+    if gone_I.any():
+        down_DR = down_DI[:, gone_I].double() * size_I[gone_I]
+        missing_KD = unit_II[kept_K][:, gone_I] @ down_DR.T
+        moved_KD = torch.cholesky_solve(missing_KD, _cholesky(unit_II[kept_K][:, kept_K], ridge))
+        down_DK += moved_KD.T / size_I[kept_K]
     return down_DK.to(down_DI.dtype).contiguous()
 
 
-_refit = refit  # `prune_mlp` has a switch of that name
-
-
-def prune_mlp(
-    mlp: MLP, gram_II: torch.Tensor, kept_K: torch.Tensor, ridge: float = RIDGE, refit: bool = True
-) -> MLP:
-    """The MLP of the neurons kept; without `refit` its down projection is a plain slice, and C is not used."""
+def prune_mlp(mlp: MLP, gram_II: torch.Tensor, kept_K: torch.Tensor, ridge: float = RIDGE) -> MLP:
+    """The MLP of the neurons kept, its down projection refitted."""
     kept_K = kept_K.to(mlp.down_DI.device)
-    down_DK = _refit(mlp.down_DI, gram_II, kept_K, ridge) if refit else mlp.down_DI[:, kept_K]
-    return MLP(mlp.gate_ID[kept_K], mlp.up_ID[kept_K], down_DK)
+    return MLP(mlp.gate_ID[kept_K], mlp.up_ID[kept_K], refit(mlp.down_DI, gram_II, kept_K, ridge))
 
 
-def _checked(gram_II: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
-    """C in float64, and λ."""
+def predicted_loss(
+    down_DI: torch.Tensor,
+    cut_DK: torch.Tensor,
+    kept_K: torch.Tensor,
+    gram_II: torch.Tensor,
+    fisher_D: torch.Tensor,
+    tokens: int,
+) -> float:
+    """½ Σ_d F_d · mean_t (y_d − ŷ_d)², with y = W h and ŷ = W' h_K: the rise of the loss to second order, in nat.
+
+    cut_DK: W'; fisher_D: mean over tokens of the squared gradient of the loss in nat by y_d; tokens: how many C sums.
+    Off-diagonal curvature and other layers are left out. Raises ModelError if weights or C are not finite.
+    """
+    for name, tensor in (
+        ("down_DI", down_DI),
+        ("cut_DK", cut_DK),
+        ("gram_II", gram_II),
+        ("fisher_D", fisher_D),
+    ):
+        require_finite(name, tensor)
+    device = down_DI.device
+    missed_DI = down_DI.double().index_add(1, kept_K.to(device), cut_DK.to(device).double(), alpha=-1)
+    error_D = ((missed_DI @ gram_II.to(device).double()) * missed_DI).sum(1) / tokens
+    return float(fisher_D.to(device).double() @ error_D) / 2
+
+
+def _in_units(gram_II: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ĉ, and √D: each neuron's own size, in float64."""
     require_finite("gram_II", gram_II)
     if ridge <= 0:
         raise ValueError(f"ridge {ridge}: it must be positive, since C may be singular")
     gram_II = gram_II.double()
-    return gram_II, ridge * float(gram_II.diagonal().mean())
+    size_I = gram_II.diagonal().clamp_min(SILENT * _usual(gram_II)).sqrt()
+    return gram_II / size_I / size_I[:, None], size_I
 
 
-def _cholesky(gram_nn: torch.Tensor, shift: float) -> torch.Tensor:
-    """Lower factor of C + λI."""
-    shifted_nn = gram_nn.clone()
+def _usual(gram_II: torch.Tensor) -> float:
+    """The median of C's diagonal over neurons that fired, since one massive neuron is most of a mean; 1 if none did."""
+    square_I = gram_II.diagonal().double()
+    fired = square_I[square_I > 0]
+    return float(fired.median()) if len(fired) else 1.0
+
+
+def _cholesky(unit_nn: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor:
+    """Lower factor of Ĉ with `shift`, one number or one for each neuron, added to its diagonal."""
+    shifted_nn = unit_nn.clone()
     shifted_nn.diagonal().add_(shift)
     factor_nn, failed = torch.linalg.cholesky_ex(shifted_nn)
     if failed:
         raise ModelError(
-            f"gram_II plus a ridge of {shift:.3g} is not positive definite at row {int(failed)}: its rounding errors "
-            "are larger than that; use a larger ridge, or sum it in higher precision"
+            f"gram_II with its ridge is not positive definite at row {int(failed)}: its rounding errors are larger "
+            "than that; use a larger ridge, or sum it in higher precision"
         )
     return factor_nn
