@@ -1,4 +1,4 @@
-"""Choice of layers against enumeration, the measures against their formulas, and models without layers."""
+"""Choice of layers against enumeration, and models without layers."""
 
 import math
 
@@ -12,32 +12,6 @@ from sparsekd_ray.model.mlp import layer_count, without_layers
 from sparsekd_ray.prune import depth
 
 torch.set_num_threads(1)
-
-
-# measures
-
-
-def test_angles_and_influence_of_known_vectors() -> None:
-    one = torch.tensor([[1.0, 0], [1, 0], [2, 0], [1, 0]])
-    other = torch.tensor([[3.0, 0], [0, 1], [-1, 0], [1, 1]])
-    torch.testing.assert_close(
-        depth.angular(one, other), torch.tensor([0, 0.5, 1, 0.25], dtype=torch.float64), atol=1e-7, rtol=0
-    )
-    expected = 0 + 1 + 2 + (1 - math.sqrt(0.5))
-    assert depth.block_influence(one, other) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_measures_by_their_formulas(dtype: torch.dtype) -> None:
-    one, other = torch.randn(2, 50, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
-    a, b = one.double(), other.double()
-    cos = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    torch.testing.assert_close(depth.angular(one, other), cos.acos() / math.pi)
-    assert depth.block_influence(one, other) == pytest.approx(float((1 - cos).sum()), rel=1e-5)
-    assert depth.block_influence(one, one * 3) == pytest.approx(
-        0, abs=1e-4 if dtype == torch.float32 else 1e-2
-    )
-    assert depth.angular(one, one).max() < 1e-7 and not depth.angular(one, -one).isnan().any()
 
 
 # choices

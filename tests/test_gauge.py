@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from sparsekd_ray.model.low_rank import product
 from sparsekd_ray.prune import gauge as module
 from sparsekd_ray.prune.cost import parameters
-from sparsekd_ray.prune.gauge import BOUND, gauge, ungauge
+from sparsekd_ray.prune.gauge import BOUND, gauge
 from sparsekd_ray.prune.svd import truncated_factors
 
 torch.set_num_threads(1)
@@ -15,6 +16,11 @@ SHAPES = [(7, 13, 4), (13, 7, 4), (9, 9, 9), (9, 9, 8), (1, 6, 1), (6, 1, 1), (6
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(order_n: torch.Tensor, U_mr: torch.Tensor, C_rs: torch.Tensor) -> torch.Tensor:
+    """The matrix that a model makes of it."""
+    return product({"U.weight": U_mr, "C.weight": C_rs, "order": order_n})
 
 
 def check(B_mr: torch.Tensor, A_rn: torch.Tensor, relative: float = 1e-12) -> None:
@@ -28,7 +34,7 @@ def check(B_mr: torch.Tensor, A_rn: torch.Tensor, relative: float = 1e-12) -> No
     y_mn = U_mr @ (X_nn[:r] + C_rs @ X_nn[r:])
     allowed = relative * float(torch.linalg.norm(B_mr) * torch.linalg.norm(A_rn))
     assert torch.linalg.norm(y_mn - B_mr @ A_rn) <= allowed
-    torch.testing.assert_close(ungauge(order_n, U_mr, C_rs), y_mn)
+    torch.testing.assert_close(stored(order_n, U_mr, C_rs), y_mn)
     assert C_rs.isfinite().all() and (not C_rs.numel() or C_rs.abs().max() <= BOUND)
     assert order_n[:r].tolist() == sorted(order_n[:r].tolist())
 
@@ -51,7 +57,7 @@ def test_ill_conditioned_factors(shape: tuple[int, int, int], decay: int) -> Non
     check(B_mr, A_rn)
     order_n, U_mr, C_rs = gauge(B_mr, A_rn)
     product_mn = B_mr @ A_rn
-    missed = torch.linalg.norm(ungauge(order_n, U_mr, C_rs) - product_mn)
+    missed = torch.linalg.norm(stored(order_n, U_mr, C_rs) - product_mn)
     assert missed <= 1e-12 * torch.linalg.norm(product_mn)
 
 
@@ -82,7 +88,7 @@ def test_the_storage_of_truncated_factors_in_the_stored_type_and_repeatable() ->
     order_n, U_mr, C_rs = gauge(B_mr, A_rn)
     assert U_mr.dtype == C_rs.dtype == torch.bfloat16
     product_mn = B_mr.double() @ A_rn.double()
-    rounding = torch.linalg.norm(ungauge(order_n, U_mr, C_rs) - product_mn) / torch.linalg.norm(product_mn)
+    rounding = torch.linalg.norm(stored(order_n, U_mr, C_rs) - product_mn) / torch.linalg.norm(product_mn)
     assert rounding < 4 * torch.finfo(torch.bfloat16).eps
     assert all(torch.equal(a, b) for a, b in zip((order_n, U_mr, C_rs), gauge(B_mr, A_rn), strict=True))
 

@@ -5,9 +5,10 @@ blocks: those over which the direction of the stream turns least, by the angular
     d(l, n) = arccos(cos(h_l, h_{l+n})) / π,
 h_l being what enters block l at the last token of a sequence, mean over sequences. ShortGPT (Men et al. 2024) drops
 the single blocks of least influence, BI = 1 − mean cos(h before, h after) over all tokens. Both look at the stream
-before the final norm. Blocks are numbered from 0; state L, behind the last block, closes the list of states.
+before the final norm; `statistics.py` measures them. Blocks are numbered from 0; state L, behind the last block, closes
+the list of states.
 
-Shapes: L blocks, S = L + 1 states, B sequences, N tokens, D hidden size.
+Shapes: L blocks, S = L + 1 states.
 """
 
 import math
@@ -16,18 +17,6 @@ import torch
 
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model.mlp import require_finite
-
-
-def angular(one_BD: torch.Tensor, other_BD: torch.Tensor) -> torch.Tensor:
-    """Angular distance of each pair of rows, [B] in float64: 0 same direction, 0.5 orthogonal, 1 opposite."""
-    cos_B = torch.cosine_similarity(one_BD.double(), other_BD.double(), dim=-1)
-    return cos_B.clamp(-1, 1).arccos() / math.pi
-
-
-def block_influence(before_ND: torch.Tensor, after_ND: torch.Tensor) -> torch.Tensor:
-    """Σ over the tokens of 1 − cos(before, after), a scalar in float64; divide by the tokens for ShortGPT's BI."""
-    cos_N = torch.cosine_similarity(before_ND.float(), after_ND.float(), dim=-1)
-    return (1 - cos_N.clamp(-1, 1)).sum(dtype=torch.float64)
 
 
 def count(layers: int, sparsity: float) -> int:

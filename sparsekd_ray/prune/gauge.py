@@ -42,14 +42,6 @@ def gauge(B_mr: torch.Tensor, A_rn: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return order_n, U_mr.to(B_mr.dtype), C_rs.to(B_mr.dtype).contiguous()
 
 
-def ungauge(order_n: torch.Tensor, U_mr: torch.Tensor, C_rs: torch.Tensor) -> torch.Tensor:
-    """The matrix W_mn that (order, U, C) stand for, multiplied out in float64."""
-    U_mr = U_mr.double()
-    W_mn = U_mr.new_empty(U_mr.shape[0], len(order_n))
-    W_mn[:, order_n] = torch.cat([U_mr, U_mr @ C_rs.double()], 1)
-    return W_mn
-
-
 def _eliminated(A_rn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns of A in the order in which elimination picks them, pivots first, and the unit trapezoidal K_nr."""
     packed_nr, swaps_r, _ = torch.linalg.lu_factor_ex(A_rn.T.contiguous())  # "ex": zero pivots are no error
