@@ -28,9 +28,6 @@ def text(rows: int = 19) -> torch.Tensor:
     return torch.randint(0, 97, (rows, 11), generator=torch.Generator().manual_seed(1))
 
 
-def silent(_: str) -> None: ...
-
-
 def weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: w for layer in range(3) for name, w in mlp_weights(model, layer).items()}
 
@@ -115,14 +112,25 @@ def test_wanda_sees_what_the_pruned_model_would_show(kind: str, dtype: torch.dty
     # `.to` rounds the rotary table too; a copy has it in fp32, as every model that is loaded
     model = with_mlps(model, [mlp_of(model, layer) for layer in range(3)])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    said: list[str] = []
-    found = masks.wanda(model, text(), 0.5, said.append)
+    found = masks.wanda(model, text(), 0.5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert len(said) == 3 and found.config.mlp_mask == "wanda" and not hasattr(model.config, "mlp_mask")
+    assert found.config.mlp_mask == "wanda" and not hasattr(model.config, "mlp_mask")
     naive_wanda(model, text(), 0.5)
     for name, tensor in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
     assert torch.equal(logits(found), logits(model))
+
+
+def test_wanda_asks_the_model_once_for_each_length_of_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, honest = [], masks._layer_arguments
+
+    def spy(model: Any, ids_bL: torch.Tensor) -> list[dict[str, Any]]:
+        asked.append(len(ids_bL))
+        return honest(model, ids_bL)
+
+    monkeypatch.setattr(masks, "_layer_arguments", spy)
+    masks.wanda(dense_model("phi3", True), text(27), 0.5)
+    assert sorted(asked) == [3, masks.SEQUENCES_PER_BATCH]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,8 +139,8 @@ def test_wanda_sees_what_the_pruned_model_would_show(kind: str, dtype: torch.dty
 def test_share_of_zeros_is_exact_and_grows(family: str, method: str, sparsity: float) -> None:
     def prune(model: torch.nn.Module, share: float) -> torch.nn.Module:
         if method == "wanda":
-            return masks.wanda(model, text(5), share, silent)
-        return masks.magnitude(model, share, silent)
+            return masks.wanda(model, text(5), share)
+        return masks.magnitude(model, share)
 
     def zeros(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {name: weight == 0 for name, weight in weights(model).items()}
@@ -150,7 +158,7 @@ def test_share_of_zeros_is_exact_and_grows(family: str, method: str, sparsity: f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_model_is_stock_and_remembers_its_mask(family: str, tmp_path: Path) -> None:
     source = dense_directory(tmp_path / "dense", family, True)
-    model = masks.magnitude(checkpoint.load(source, dtype="bfloat16"), 0.5, silent)
+    model = masks.magnitude(checkpoint.load(source, dtype="bfloat16"), 0.5)
     checkpoint.save(model, source, tmp_path / "out", "card")
     loaded = checkpoint.load(tmp_path / "out")
     assert type(loaded) is type(dense_model(family, True)) and loaded.config.mlp_mask == "magnitude"
@@ -162,10 +170,10 @@ def test_bad_values_are_named() -> None:
     model = dense_model("phi3", True)
     model.model.embed_tokens.weight.data[int(text()[0, 0])] = torch.inf
     with pytest.raises(ModelError, match=r"the input of model\.layers\.0\.mlp\.gate_up_proj holds NaN"):
-        masks.wanda(model, text(), 0.5, silent)
+        masks.wanda(model, text(), 0.5)
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds NaN"):
-        masks.magnitude(model, 0.5, silent)
+        masks.magnitude(model, 0.5)
 
 
 # zeros through training
@@ -175,7 +183,7 @@ def test_bad_values_are_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("held", [True, False])
 def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, held: bool) -> None:
-    model = masks.wanda(dense_model(family, True).to(dtype), text(4), 0.5, silent).train()
+    model = masks.wanda(dense_model(family, True).to(dtype), text(4), 0.5).train()
     before = {name: weight.detach().clone() for name, weight in weights(model).items()}
     zeros = held_zeros.hold(model) if held else {name: weight == 0 for name, weight in before.items()}
     assert {name: int(z.sum()) for name, z in zeros.items()} == {
@@ -197,7 +205,7 @@ def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, 
 
 
 def test_violations_name_the_matrix_and_hold_needs_a_mask() -> None:
-    model = masks.magnitude(dense_model("qwen3", True), 0.5, silent)
+    model = masks.magnitude(dense_model("qwen3", True), 0.5)
     zeros = held_zeros.hold(model)
     name = "model.layers.1.mlp.up_proj"
     weights(model)[name].data[zeros[name]] = 1.0
@@ -206,7 +214,7 @@ def test_violations_name_the_matrix_and_hold_needs_a_mask() -> None:
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_a_zero() -> None:
-    model = masks.magnitude(dense_model("phi3", True), 0.5, silent)
+    model = masks.magnitude(dense_model("phi3", True), 0.5)
     zeros = held_zeros.hold(model)
     (sum(weight.sum() for weight in weights(model).values()) * torch.inf).backward()
     assert all((weight.grad[zeros[name]] == 0).all() for name, weight in weights(model).items())

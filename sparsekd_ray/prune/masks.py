@@ -62,21 +62,18 @@ def _check(W_mn: torch.Tensor, sparsity: float) -> None:
 
 
 @torch.no_grad()
-def magnitude(model: PreTrainedModel, sparsity: float, say: Callable[[str], None]) -> PreTrainedModel:
+def magnitude(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
     """A stock model with the smallest of each MLP matrix's weights at zero; sparsity is their share."""
     masked = _unmasked_copy(model, sparsity)
     for layer in range(layer_count(model)):
         for weight in mlp_weights(masked, layer).values():
             weight.masked_fill_(~magnitude_mask(weight, sparsity), 0)
-        say(f"magnitude mask of layer {layer + 1}/{layer_count(model)}")
     masked.config.mlp_mask = "magnitude"
     return masked
 
 
 @torch.no_grad()
-def wanda(
-    model: PreTrainedModel, ids_BL: torch.Tensor, sparsity: float, say: Callable[[str], None]
-) -> PreTrainedModel:
+def wanda(model: PreTrainedModel, ids_BL: torch.Tensor, sparsity: float) -> PreTrainedModel:
     """A stock model with each MLP matrix masked by Wanda; sparsity is the share of weights at zero.
 
     Each layer runs twice on what the pruned layers before it give: to measure, and pruned, to feed the next one.
@@ -86,7 +83,8 @@ def wanda(
     masked = _unmasked_copy(model, sparsity)
     parts = ids_BL.to(model.device).split(SEQUENCES_PER_BATCH)
     hidden = [masked.get_input_embeddings()(part_bL) for part_bL in parts]
-    arguments = {len(part_bL): _layer_arguments(masked, part_bL) for part_bL in parts}
+    one_of_each = {len(part_bL): part_bL for part_bL in parts}
+    arguments = {length: _layer_arguments(masked, part_bL) for length, part_bL in one_of_each.items()}
     for index in range(layer_count(model)):
         layer = masked.get_submodule(f"model.layers.{index}")
         weights = mlp_weights(masked, index)
@@ -104,7 +102,6 @@ def wanda(
             weight.masked_fill_(~wanda_mask(weight, norm_n, sparsity), 0)
         for i, part_bLD in enumerate(hidden):
             hidden[i] = layer(part_bLD, **arguments[len(part_bLD)][index])
-        say(f"wanda mask of layer {index + 1}/{layer_count(model)}")
     masked.config.mlp_mask = "wanda"
     return masked
 

@@ -73,9 +73,9 @@ def zeroed(task: Task) -> None:
         return
     model, share = task.load(task.device), share_of(task)
     if task.settings.method == "magnitude":
-        cut = masks.magnitude(model, share, _silent)
+        cut = masks.magnitude(model, share)
     else:
-        cut = masks.wanda(model, _sequences(task), share, _silent)
+        cut = masks.wanda(model, _sequences(task), share)
     held = [mlp_weights(cut, layer) for layer in range(layer_count(cut))]
     found = {f"{name}.weight": weight.detach() for layer in held for name, weight in layer.items()}
     task.publish(MASKED, found, {})
@@ -164,7 +164,3 @@ def _in_order(held: Tensors) -> list[torch.Tensor]:
 
 def _name(layer: int) -> str:
     return f"mlp-{layer:03d}"
-
-
-def _silent(text: str) -> None:
-    """Pieces may be far from the console."""
