@@ -23,7 +23,7 @@ from sparsekd_ray.teacher.signal import Target
 
 Say = Callable[[str], None]
 Made = tuple[Any, dict[str, Any]]  # a model, and facts about it
-MASKED = "masked"
+MASKED, IMPORTANT = "masked", "important"
 
 
 def by_activations(task: Task, each: Each, say: Say) -> Made:
@@ -82,24 +82,33 @@ def zeroed(task: Task) -> None:
 
 
 def narrow(task: Task, layer: int, width: int, kept: list[int] | None) -> None:
-    """A piece: publishes one layer's MLP with `width` neurons, those `kept` or else those that activations choose."""
+    """A piece: publishes one layer's MLP with `width` neurons, those `kept` or else those that activations choose, and
+    the loss that this is predicted to cost."""
     about = {"width": width, "kept": kept}
     if task.published(_name(layer), about) is not None:
         return
     held = tensors_below(task.folder(), f"model.layers.{layer}.mlp")
     mlp = MLP(*(part.to(task.device) for part in view(_in_order(held))))
-    gram_II = task.layer(layer)["inner.gram"].to(task.device)
+    found = task.layer(layer)
+    gram_II, fisher_D = (found[key].to(task.device) for key in ("inner.gram", "fisher.down_proj"))
     if kept is not None:
         kept_K = torch.tensor(kept, device=task.device)
     elif task.settings.score == "leverage":
         kept_K = neurons.keep(neurons.leverage(gram_II), width)
     else:
         kept_K = neurons.eliminate(mlp.down_DI, gram_II, width)
-    task.publish(_name(layer), neurons.prune_mlp(mlp, gram_II, kept_K, neurons.RIDGE)._asdict(), about)
+    cut = neurons.prune_mlp(mlp, gram_II, kept_K)
+    measured = (mlp.down_DI, cut.down_DI, kept_K, gram_II, fisher_D, int(found["tokens"]))
+    loss = torch.tensor(neurons.predicted_loss(*measured))
+    task.publish(_name(layer), cut._asdict() | {"loss": loss}, about)
 
 
 def important(task: Task, width: int) -> list[list[int]]:
-    """A piece: the neurons that SDMPrune keeps in each layer, by gradients of CE and of KL to the cached teacher."""
+    """A piece: the neurons that SDMPrune keeps in each layer, by gradients of CE and of KL to the cached teacher;
+    published."""
+    about = {"width": width}
+    if (found := task.published(IMPORTANT, about)) is not None:
+        return [found[str(layer)].tolist() for layer in range(len(found))]
     targets = _targets(task)
     kept = sdm.select(
         task.load(task.device),
@@ -109,6 +118,7 @@ def important(task: Task, width: int) -> list[list[int]]:
         alpha=task.settings.alpha,
         align=task.settings.align,
     )
+    task.publish(IMPORTANT, {str(layer): kept_K for layer, kept_K in enumerate(kept)}, about)
     return [kept_K.tolist() for kept_K in kept]
 
 
@@ -118,9 +128,10 @@ def _narrower(task: Task, width: int, kept: list[list[int]] | None, each: Each, 
     for done, _ in enumerate(each(narrow, pieces), 1):
         say(f"{done}/{layers} layers cut to {width} neurons")
     found = [task.published(_name(i), {"width": width, "kept": kept and kept[i]}) for i in range(layers)]
-    mlps = [MLP(**part) for part in found if part is not None]
-    assert len(mlps) == layers, "every layer has just been cut"
-    return with_width(task.load(), mlps), {"width": width}
+    parts = [part for part in found if part is not None]
+    assert len(parts) == layers, "every layer has just been cut"
+    loss = sum(float(part.pop("loss")) for part in parts)
+    return with_width(task.load(), [MLP(**part) for part in parts]), {"width": width, "predicted_loss": loss}
 
 
 def width_of(task: Task) -> int:
@@ -154,7 +165,7 @@ def _targets(task: Task) -> list[Target]:
     if reader.manifest["corpus"] != task.texts.fingerprint:
         raise ModelError("the teacher cache is of another corpus than the calibration text: capture it again")
     names = calibrate.sample(task.store, task.texts, task.calibrate)["sample_id"].to_pylist()
-    return reader.targets(names)
+    return reader.targets(calibrate.drawn(reader.samples, task.calibrate).tolist(), names)
 
 
 def _in_order(held: Tensors) -> list[torch.Tensor]:
