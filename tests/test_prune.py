@@ -67,7 +67,7 @@ def test_counts_are_those_of_the_files(name: str, family: str, store: Store) -> 
     if name in LOW_RANK:
         ranks = {key: rank for key, rank in facts["ranks"].items() if rank is not None}
         assert ranks == checkpoint.mlp_ranks(folder)
-    assert (facts.get("predicted_loss") is not None) == (name in PREDICTED)
+    assert (facts.get("predicted_loss") is not None) == (name in PREDICTED or "width" in facts)
 
 
 def inputs_of(store: Store, model: Any, asked: Task) -> dict[str, torch.Tensor]:
