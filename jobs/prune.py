@@ -6,7 +6,8 @@
 
 Both take --config and every setting of jobs/cascade.py.
 
-run       --sparsity S        share of the MLP parameters to remove
+run       --sparsity S        share of the MLP parameters to remove; or
+          --energy T          share of its energy that every matrix keeps (svd and svd-whitened)
           --dry-run           measure what is needed (dense model, statistics), print the table, make no model
 compare   --methods M …       a method, and what differs from its plainest form: svd, svd-whitened+optimal+gauge, …
           --sparsity S …      shares to remove
@@ -35,6 +36,7 @@ def say(text: str) -> None:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=None)
+    parser.add_argument("--energy", type=float, default=None)
     parser.add_argument("--methods", nargs="+", default=None)
     parser.add_argument("--draws", type=int, default=1)
     parser.add_argument("--distill", action="store_true")
@@ -65,16 +67,30 @@ def check(mode: str, chosen: argparse.Namespace) -> None:
         raise ConfigError(f"--sparsity {wrong[0]:g}: a share between 0 and 1 of the MLP parameters")
     if mode == "run" and (chosen.methods or chosen.distill or chosen.draws != 1):
         raise ConfigError("--methods, --draws and --distill belong to compare; run takes --prune.method")
+    if chosen.energy is not None and (mode == "compare" or chosen.sparsity or not 0 < chosen.energy < 1):
+        raise ConfigError(
+            f"--energy {chosen.energy:g}: a share between 0 and 1, for run, in place of --sparsity"
+        )
     if chosen.draws < 1:
         raise ConfigError(f"--draws {chosen.draws}: one sample of the calibration text at least")
 
 
 def run(config: cli.Config, chosen: argparse.Namespace) -> None:
-    if chosen.sparsity is None or len(chosen.sparsity) != 1:
-        raise ConfigError("run prunes to one size: give --sparsity S")
+    if chosen.energy is None and (chosen.sparsity is None or len(chosen.sparsity) != 1):
+        raise ConfigError("run prunes to one size: give --sparsity S, or --energy T")
+    if chosen.energy is not None and config.prune.method not in ("svd", "svd-whitened"):
+        raise ConfigError(
+            f"--energy is of singular values, and {config.prune.method} has none: give --sparsity S"
+        )
     from sparsekd_ray.cascade import pruning  # after parsing: --help stays fast
 
-    pruning.run(config, chosen.sparsity[0], chosen.dry_run, say, cli.table)
+    if chosen.energy is None:
+        pruning.run(config, chosen.sparsity[0], chosen.dry_run, say, cli.table)
+        return
+    pruning_by_energy = config.prune.model_copy(update={"allocation": "energy"})
+    config = config.model_copy(update={"prune": pruning_by_energy})
+    sparsity = pruning.sparsity_of_energy(config, chosen.energy, say)
+    pruning.run(config, sparsity, chosen.dry_run, say, cli.table)
 
 
 def compare(config: cli.Config, chosen: argparse.Namespace) -> None:

@@ -127,6 +127,17 @@ def test_a_worker_group_takes_all_that_its_own_work_makes_possible():
     assert len([name for group in groups for name in group]) == len(steps_of(load(LAPTOP)))
 
 
+def test_large_models_leave_the_worker_group_for_work_in_pieces():
+    tree = load(LAPTOP).model_dump(mode="json")
+    tree["prune"] |= {"method": "svd-whitened"}
+    pending = list(steps_of(parse(tree, "test")))
+    while pending:
+        batch = next_batch(pending, apart=True)
+        kinds = {step.kind for step in batch}
+        assert len(batch) == 1 or not kinds & {"cache", "statistics", "prune"}
+        pending = [step for step in pending if step not in batch]
+
+
 def test_fingerprints_are_canonical():
     assert fingerprint({"a": 1, "b": [2.5]}) == fingerprint({"b": [2.5], "a": 1})
     with pytest.raises(TypeError):

@@ -1,6 +1,8 @@
 """The prune stage on real model directories: every method and family by count and by error, rounds, resumption."""
 
+import dataclasses
 import hashlib
+import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from test_checkpoint import FAMILIES
 from sparsekd_ray.config import Execution, Prune
 from sparsekd_ray.each import Each, here
 from sparsekd_ray.model import checkpoint
-from sparsekd_ray.prune import calibrate, factorise
+from sparsekd_ray.prune import calibrate, factorise, svd
 from sparsekd_ray.prune.apply import prune
 from sparsekd_ray.prune.task import Task
 from sparsekd_ray.store import Ref, Store
@@ -307,3 +309,17 @@ def test_masks_are_held_through_a_distillation(store: Store, cluster: None) -> N
         if ".mlp." in name:
             assert torch.equal(old == 0, new == 0)
     assert elements(store.fetch(out), ".mlp.") == elements(store.fetch(asked.out), ".mlp.")
+
+
+def test_an_energy_stands_for_the_sparsity_at_which_its_ranks_come_out(store: Store) -> None:
+    settings = Prune(method="svd-whitened", allocation="energy")
+    asked = pruning.task(store, DENSE["phi3"], "energy", settings, 0.5)
+    shapes = checkpoint.shapes_from_config(asked.folder())
+    ranks = {n: svd.energy_rank(torch.from_numpy(factorise.spectrum(asked, n)), 0.7) for n in shapes}
+    sparsity = factorise.sparsity_at(asked, 0.7, here, lambda text: None)
+    planned = factorise.plan(dataclasses.replace(asked, sparsity=sparsity), here, lambda text: None)
+    assert all(
+        planned.ranks[n] == (r if r * sum(shapes[n]) < math.prod(shapes[n]) else None)
+        for n, r in ranks.items()
+    )
+    assert 0 < sparsity < 1 and set(planned.ranks.values()) != {None}

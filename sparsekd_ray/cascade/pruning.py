@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sparsekd_ray import corpus
 from sparsekd_ray.cascade import budget, comparison, console, job, steps
 from sparsekd_ray.cascade.steps import Book, Step
 from sparsekd_ray.config import Config
+from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import source
 from sparsekd_ray.store import Ref, Store
 
@@ -39,6 +41,33 @@ def run(config: Config, sparsity: float, dry_run: bool, say: Say, table: Callabl
     with driver.connected(config.execution, say):
         rows = preview.table(task, driver.spread(config.execution), lambda text: say(console.inside(text)))
     table([*rows, preview.total(rows)])
+
+
+def sparsity_of_energy(config: Config, tau: float, say: Say) -> float:
+    """The sparsity at which one energy threshold of `tau` prunes the dense model: the budget that it stands for.
+
+    ConfigError where that is none, since the spectra of language models are flat."""
+    planned = _plan_one(config, 0.5)  # any size: only what comes before the cut is made
+    store, step = job.open_store(config), next(s for s in planned if s.name == PRUNED)
+    make(config, planned[: planned.index(step)], store, say)
+    from sparsekd_ray.cascade import driver
+    from sparsekd_ray.prune.factorise import sparsity_at
+
+    task = _task(step, planned, store, config.execution.gpus)
+    measured = task.statistics.fingerprint if task.statistics else "plain"
+    task = replace(
+        task, out=Ref("prune", f"spectra-{task.settings.method}-{task.model.fingerprint}", measured)
+    )
+    with driver.connected(config.execution, say):
+        found = sparsity_at(
+            task, tau, driver.spread(config.execution), lambda text: say(console.inside(text))
+        )
+    say(f"energy {tau:g} stands for a sparsity of {found:.4f}")
+    if found <= 0:
+        raise ConfigError(
+            f"with {tau:.1%} of their energy the matrices of this model are no smaller: lower --energy"
+        )
+    return found
 
 
 def compare(

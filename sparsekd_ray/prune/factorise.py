@@ -118,6 +118,19 @@ def student(task: Task, each: Each, say: Say) -> tuple[Any, dict[str, Any]]:
     return cut, {"ranks": planned.ranks, "predicted_loss": planned.loss and sum(planned.loss.values())}
 
 
+def sparsity_at(task: Task, tau: float, each: Each, say: Say) -> float:
+    """The share of the dense model's MLP parameters that goes where every matrix keeps the smallest rank with `tau` of
+    its energy, and stays as it is where that saves nothing (SparseKD's rule before there is a budget)."""
+    shapes, left = checkpoint.shapes_from_config(task.folder()), 0
+    form = (task.settings.storage == "gauge", task.settings.bias)
+    for index, sigma_k in each(spectrum, [(task, name) for name in shapes]):
+        name = list(shapes)[index]
+        rank = svd.energy_rank(torch.from_numpy(sigma_k), tau)
+        left += min(parameters(*shapes[name], rank, *form), parameters(*shapes[name], None))
+        say(f"{name}: rank {rank} holds {tau:.1%} of its energy")
+    return 1 - left / task.dense_mlp_params
+
+
 def spectrum(task: Task, name: str) -> np.ndarray:
     """A piece: the singular values of a matrix, as many as it may keep at most, scaled as told above; published."""
     if (found := task.published(f"{name}.spectrum", {})) is not None:
