@@ -93,7 +93,12 @@ def test_pruning_tells_how_it_is_called(arguments):
         (["run", "--sparsity", "0.9999", "--dry-run"], "can remove at most"),
         (["compare", "--draws", "0"], "--draws 0: one sample"),
         (["compare", "--methods", "svd", "magic"], "no pruning method 'magic'"),
-        (["compare", "--methods", "sdm", "--sparsity", "0.5"], "add it to teacher.temperatures"),
+        (
+            ["compare", "--methods", "sdm", "--sparsity", "0.5", "--teacher.temperatures", "1.5", "2"],
+            "add it to teacher.temperatures",
+        ),
+        (["run", "--energy", "0.9", "--prune.method", "neurons"], "neurons has none: give --sparsity"),
+        (["run", "--energy", "0.9", "--sparsity", "0.5"], "in place of --sparsity"),
         (["compare", "--methods", "svd", "--sparsity", "0"], "a share between 0 and 1"),
     ],
 )

@@ -208,7 +208,7 @@ def test_card_states_what_the_model_is() -> None:
             "merged",
             ["# Merged student", "metric of their inputs", "dense model's size and speed"],
         ),
-        ("neurons", "stock", ["# Narrower student", "least leverage", "35.0% of the dense", "needs no code"]),
+        ("neurons", "stock", ["# Narrower student", "stand in for", "35.0% of the dense", "needs no code"]),
         ("sdm", "stock", ["# Narrower student", "SDMPrune", "are gone"]),
         ("depth", "stock", ["# Shallower student", "whole layers", "are gone"]),
         ("wanda", "stock", ["# Masked student", "(Wanda)", "are zeros", "no stock runtime is faster for it"]),
