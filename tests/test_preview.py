@@ -29,7 +29,9 @@ def test_the_table_is_what_the_pruning_does(name: str, family: str, store: Store
     asked = pruning.task(store, DENSE[family], f"{family}.{name}", SETTINGS[name], 1 / 3)
     rows = preview.table(asked, here, lambda text: None)
     made = Path(store.workdir(asked.out)).glob("**/*.safetensors")
-    assert all(path.name.endswith(".spectrum.safetensors") for path in made), "spectra are kept, no model is made"
+    assert all(path.name.endswith(".spectrum.safetensors") for path in made), (
+        "spectra are kept, no model is made"
+    )
     total, facts = preview.total(rows), finish(asked)
     assert total["parameters"] == facts["mlp_params"] and total["dense"] == asked.dense_mlp_params
     assert total["becomes"] == f"−{facts['sparsity']:.2%}"
