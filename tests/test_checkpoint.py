@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import checkpoint, saving
 from sparsekd_ray.prune.gauge import gauge
 from sparsekd_ray.prune.svd import truncated_factors
 
@@ -117,7 +117,7 @@ def parts_of(dense: transformers.PreTrainedModel, name: str) -> list[str]:
 def sparse_directory(path: Path, family: str, tied: bool, **form: bool) -> Path:
     """A student whose first layer stays dense and whose other matrices have rank 5."""
     source = dense_directory(path.parent / f"{path.name}-dense", family, tied)
-    checkpoint.save(student_of(Form(family, **form), tied)[0], source, path, "card")
+    saving.save(student_of(Form(family, **form), tied)[0], source, path, "card")
     return path
 
 
@@ -344,7 +344,7 @@ def test_saved_directory_is_complete_and_keeps_generation_settings(
     out = tmp_path / "out"
     student = low_rank_copy(model)
     assert student.dtype == dtype and student.generation_config.max_new_tokens == 7
-    checkpoint.save(student, source, out, "the card")
+    saving.save(student, source, out, "the card")
     assert {p.name for p in out.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "README.md", "modeling_sparsekd.py",
         "tokenizer.json", "tokenizer_config.json",
@@ -355,7 +355,7 @@ def test_saved_directory_is_complete_and_keeps_generation_settings(
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == f"sparsekd_{family}" and str(tmp_path) not in json.dumps(config)
     assert all(reference.startswith("modeling_sparsekd.Sparse") for reference in config["auto_map"].values())
-    checkpoint.save(model, source, tmp_path / "stock", "card")
+    saving.save(model, source, tmp_path / "stock", "card")
     assert "auto_map" not in json.loads((tmp_path / "stock" / "config.json").read_text())
     assert not (tmp_path / "stock" / "modeling_sparsekd.py").exists()
 
@@ -364,10 +364,10 @@ def test_save_refuses_what_does_not_reload_and_a_missing_tokenizer(tmp_path: Pat
     source = dense_directory(tmp_path / "dense", "phi3", False)
     model = checkpoint.load(source)
     with pytest.raises(ModelError, match="has no tokenizer"):
-        checkpoint.save(model, tmp_path, tmp_path / "out", "card")
+        saving.save(model, tmp_path, tmp_path / "out", "card")
     model.model.norm.weight.data[0] = torch.nan  # never equal to itself
     with pytest.raises(ModelError, match=r"did not reload as it was saved: changed model\.norm\.weight"):
-        checkpoint.save(model, source, tmp_path / "out", "card")
+        saving.save(model, source, tmp_path / "out", "card")
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if not form.bias], ids=str)
@@ -417,7 +417,7 @@ def test_what_else_a_config_says_survives(tmp_path: Path) -> None:
     source = dense_directory(tmp_path / "dense", "qwen3", True)
     model = checkpoint.load(source)
     model.config.mlp_mask = "wanda"
-    checkpoint.save(model, source, tmp_path / "masked", "card")
+    saving.save(model, source, tmp_path / "masked", "card")
     again = checkpoint.load(tmp_path / "masked")
     assert again.config.mlp_mask == checkpoint.config_dict(tmp_path / "masked")["mlp_mask"] == "wanda"
     assert checkpoint.rebuild(again, None, again.state_dict()).config.mlp_mask == "wanda"
@@ -431,7 +431,7 @@ def test_long_rope_survives_conversion(tmp_path: Path) -> None:
         tmp_path / "dense", "phi3", True, rope_parameters=rope, original_max_position_embeddings=32
     )
     model = checkpoint.load(source)
-    checkpoint.save(checkpoint.rebuild(model, {}, model.state_dict()), source, tmp_path / "out", "card")
+    saving.save(checkpoint.rebuild(model, {}, model.state_dict()), source, tmp_path / "out", "card")
     unchanged = checkpoint.load(tmp_path / "out")
     assert unchanged.config.rope_parameters == model.config.rope_parameters
     assert torch.equal(logits(unchanged), logits(model))

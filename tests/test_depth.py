@@ -7,7 +7,7 @@ import torch
 from test_checkpoint import FAMILIES, dense_directory, dense_model, logits
 
 from sparsekd_ray.errors import ConfigError, ModelError
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import checkpoint, saving
 from sparsekd_ray.model.mlp import layer_count, without_layers
 from sparsekd_ray.prune import depth
 
@@ -130,7 +130,7 @@ def test_shorter_model_keeps_type_and_settings_and_saves(family: str, dtype: tor
     assert shorter.lm_head.weight is shorter.model.embed_tokens.weight
     shorter.model.embed_tokens.weight.data.zero_()
     assert model.model.embed_tokens.weight.any()  # nothing is shared
-    checkpoint.save(without_layers(model, {2}), source, tmp_path / "out", "card")
+    saving.save(without_layers(model, {2}), source, tmp_path / "out", "card")
 
 
 def test_impossible_drops_are_refused() -> None:

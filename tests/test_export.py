@@ -14,7 +14,7 @@ import transformers
 from test_checkpoint import FAMILIES, FORMS, dense_directory, logits, student_of
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import checkpoint, export
+from sparsekd_ray.model import checkpoint, export, saving
 
 torch.set_num_threads(1)
 
@@ -94,7 +94,7 @@ def stock_student(family: str, kind: str, path: Path) -> Path:
         for name in checkpoint.shapes_from_config(model):
             model.get_submodule(name).weight.data[:, ::2] = 0
         model.config.mlp_mask = "wanda"
-    checkpoint.save(model, source, path, "card")
+    saving.save(model, source, path, "card")
     return path
 
 
@@ -112,7 +112,7 @@ def test_exports_load_where_this_package_is_not(
     for i, form in enumerate(FORMS):
         tokenizer = dense_directory(tmp_path / f"tokens-{form}", form.family, True)
         student, _ = student_of(form, tied=i % 2 == 0)
-        checkpoint.save(student, tokenizer, source := tmp_path / f"student-{form}", "card")
+        saving.save(student, tokenizer, source := tmp_path / f"student-{form}", "card")
         said: list[str] = []
         out, given = tmp_path / f"{form}", facts | {"method": "svd"}
         metrics = export.export(source, out, card_facts=given, say=said.append)
@@ -237,7 +237,7 @@ def test_a_directory_that_is_not_the_student_is_no_export(
     module_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = stock_student("phi3", "narrower", tmp_path / "student")
-    monkeypatch.setattr(checkpoint, "logits_difference", lambda one, other: float("nan"))
-    monkeypatch.setattr(checkpoint, "save", lambda model, source, out, card: model.save_pretrained(out))
+    monkeypatch.setattr(saving, "logits_difference", lambda one, other: float("nan"))
+    monkeypatch.setattr(saving, "save", lambda model, source, out, card: model.save_pretrained(out))
     with pytest.raises(ModelError, match="does not load as exported"):
         export.export(source, tmp_path / "out", card_facts={"sparsity": 0.5}, say=print)

@@ -8,7 +8,7 @@ import torch
 from test_checkpoint import FAMILIES, dense_directory, dense_model, logits
 
 from sparsekd_ray.errors import ConfigError, ModelError
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import checkpoint, saving
 from sparsekd_ray.model import held as held_zeros
 from sparsekd_ray.model.mlp import mlp_of, mlp_weights, with_mlps
 from sparsekd_ray.prune import masks
@@ -159,7 +159,7 @@ def test_share_of_zeros_is_exact_and_grows(family: str, method: str, sparsity: f
 def test_masked_model_is_stock_and_remembers_its_mask(family: str, tmp_path: Path) -> None:
     source = dense_directory(tmp_path / "dense", family, True)
     model = masks.magnitude(checkpoint.load(source, dtype="bfloat16"), 0.5)
-    checkpoint.save(model, source, tmp_path / "out", "card")
+    saving.save(model, source, tmp_path / "out", "card")
     loaded = checkpoint.load(tmp_path / "out")
     assert type(loaded) is type(dense_model(family, True)) and loaded.config.mlp_mask == "magnitude"
     assert all(torch.equal(w == 0, weights(model)[name] == 0) for name, w in weights(loaded).items())

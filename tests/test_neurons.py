@@ -7,7 +7,7 @@ import torch
 from test_checkpoint import FAMILIES, dense_directory, dense_model, logits
 
 from sparsekd_ray.errors import ConfigError, ModelError
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import checkpoint, saving
 from sparsekd_ray.model.low_rank import LowRankLinear
 from sparsekd_ray.model.mlp import MLP, mlp_of, view, with_mlps, with_width
 from sparsekd_ray.prune import neurons
@@ -345,7 +345,7 @@ def test_narrower_model_is_the_model_with_neurons_off(
     torch.testing.assert_close(logits(narrow), logits(with_mlps(model, off)), **tolerance)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {p.data_ptr() for p in narrow.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
-    checkpoint.save(narrow, source, tmp_path / "out", "card")
+    saving.save(narrow, source, tmp_path / "out", "card")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

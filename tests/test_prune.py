@@ -17,7 +17,7 @@ from test_checkpoint import FAMILIES
 
 from sparsekd_ray.config import Execution, Prune
 from sparsekd_ray.each import Each, here
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import checkpoint, saving
 from sparsekd_ray.prune import calibrate, factorise, svd
 from sparsekd_ray.prune.apply import prune
 from sparsekd_ray.prune.task import Task
@@ -181,7 +181,7 @@ def test_gate_and_up_share_a_basis_where_that_loses_less(store: Store) -> None:
             weight = model.get_submodule(f"model.layers.{layer}.mlp.{leaf}").weight
             weight.data.copy_(product(45, basis_rn))
     with store.building(ref) as out:
-        checkpoint.save(model, store.fetch(DENSE["qwen3"]), out, "crafted")
+        saving.save(model, store.fetch(DENSE["qwen3"]), out, "crafted")
     pruning.commit(store, ref)
     shapes = {}
     for method in ("svd", "svd-whitened"):

@@ -22,19 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Distill, Execution
-from sparsekd_ray.distill import schedule
+from sparsekd_ray.distill import ranks, schedule
 from sparsekd_ray.distill.loss import kd_loss
 from sparsekd_ray.distill.reader import SampleReader
 from sparsekd_ray.errors import IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, window_starts
 from sparsekd_ray.kept import Kept, tag
-from sparsekd_ray.model import checkpoint, held
+from sparsekd_ray.model import checkpoint, held, saving
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import payload, shards
 from sparsekd_ray.teacher.signal import Target
@@ -98,7 +97,7 @@ class Student(nn.Module):
 
 def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     """Runs one job on this worker, in step with the others; worker 0 commits the student."""
-    rank, world = _rank_and_world()
+    rank, world = ranks.rank_and_world()
     started, settings = time.monotonic(), job.settings
     torch.manual_seed(job.seed)
     reader = SampleReader(store, job.cache, settings.temperature)
@@ -144,11 +143,11 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
         progress.step += 1
         if progress.step % settings.validate_every == 0 or progress.step == steps:
             since = progress.step - progress.history[-1]["step"]
-            validate((_total(sums) / (since * settings.batch * (reader.seq_len - 1))).tolist())
+            validate((ranks.total(sums) / (since * settings.batch * (reader.seq_len - 1))).tolist())
             sums.zero_()
             if not over():
                 _save(engine, kept, progress, best)
-    _barrier()
+    ranks.barrier()
     if rank == 0:
         for name, parameter in model.named_parameters():
             parameter.data.copy_(best[name])
@@ -158,7 +157,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
             )
         _commit(job, store, model, source, progress, steps, time.monotonic() - started)
     engine.destroy()
-    _barrier()
+    ranks.barrier()
     kept.forget()
 
 
@@ -231,7 +230,7 @@ def _freeze(model: Any, settings: Distill) -> None:
 
 def _validate(model: Any, streams: dict[str, Any], seq_len: int) -> dict[str, Any]:
     """Perplexity on disjoint windows, shared out over the workers; the same figure on all of them."""
-    rank, world = _rank_and_world()
+    rank, world = ranks.rank_and_world()
     model.eval()
     sums = torch.zeros(len(streams), 2, dtype=torch.float64)
     for row, stream in enumerate(streams.values()):
@@ -239,14 +238,14 @@ def _validate(model: Any, streams: dict[str, Any], seq_len: int) -> dict[str, An
         for nll, count in window_nll(model, stream, mine, seq_len):
             sums[row] += torch.tensor([nll, count], dtype=torch.float64)
     model.train()
-    parts = [(nll, int(count)) for nll, count in _total(sums).tolist()]
+    parts = [(nll, int(count)) for nll, count in ranks.total(sums).tolist()]
     domains = {domain: perplexity([part]) for domain, part in zip(streams, parts, strict=True)}
     return {"valid_ppl": perplexity(parts), "valid_domains": domains}
 
 
 def _save(engine: Any, kept: Kept, progress: Progress, best: dict[str, torch.Tensor]) -> None:
     """Publishes a checkpoint, each worker its own part, and drops the one before it."""
-    rank, _ = _rank_and_world()
+    rank, _ = ranks.rank_and_world()
     folder = kept.folder() / tag(progress.step)
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     if rank == 0:
@@ -255,30 +254,30 @@ def _save(engine: Any, kept: Kept, progress: Progress, best: dict[str, torch.Ten
     of_all = {path for path in folder.iterdir() if "zero_pp_rank_" not in path.name and path.name[0] != "."}
     own = set(folder.glob(f"*zero_pp_rank_{rank}_*"))
     kept.publish(sorted(own | of_all if rank == 0 else own))
-    _barrier()
+    ranks.barrier()
     if rank == 0:
         kept.complete(folder.name)
-    _barrier()
+    ranks.barrier()
     kept.forget(before=progress.step)
 
 
 def _resume(job: Job, engine: Any, kept: Kept, say: Say) -> tuple[Progress, dict[str, torch.Tensor]] | None:
     """Loads the newest complete checkpoint into the engine; None where there is none to continue from."""
-    rank, world = _rank_and_world()
-    newest = _agree(kept.newest())
+    rank, world = ranks.rank_and_world()
+    newest = ranks.agree(kept.newest())
     if newest is None:
         if rank == 0:
             kept.discard_all()  # parts of one that was never completed
-        _barrier()
+        ranks.barrier()
         return None
     progress = Progress(**json.loads((kept.fetch(newest, PROGRESS) / PROGRESS).read_text()))
     if progress.world != world:
         # optimiser states are cut for a number of workers
-        _barrier()  # all have read why
+        ranks.barrier()  # all have read why
         if rank == 0:
             say(f"{job.title}: checkpoint of {progress.world} workers, now {world}: starting this step again")
             kept.discard_all()
-        _barrier()
+        ranks.barrier()
         return None
     folder = kept.fetch(newest)
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
@@ -295,7 +294,7 @@ def _commit(
     job: Job, store: Store, model: Any, source: Path, progress: Progress, steps: int, seconds: float
 ) -> None:
     out = store.workdir(job.out)
-    checkpoint.save(model, source, out, f"A student of sparsekd-ray, step `{job.title}`, before export.\n")
+    saving.save(model, source, out, f"A student of sparsekd-ray, step `{job.title}`, before export.\n")
     settings = job.settings
     stopped = schedule.verdict(progress.perplexities, settings.patience, settings.min_gain) or "budget"
     metrics = {
@@ -324,30 +323,3 @@ def _line(title: str, progress: Progress, steps: int, settings: Distill, started
         f"{title}: step {progress.step}/{steps}  KL {kl:.3f}  CE {ce:.3f}  lr {lr:.1e}  "
         f"valid ppl {point['valid_ppl']:.2f}  {rate:,.0f} tokens/s"
     )
-
-
-def _rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _total(sums: torch.Tensor) -> torch.Tensor:
-    """Sum over the workers."""
-    if dist.is_initialized():
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        moved = sums.to(device, copy=True)
-        dist.all_reduce(moved)
-        return moved.cpu()
-    return sums.clone()
-
-
-def _agree(value: Any) -> Any:
-    """Worker 0's value, on every worker."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -1,9 +1,9 @@
-"""Hugging Face directories: what is supported, what it counts, loading and saving that prove themselves.
+"""Hugging Face directories: what is supported, what it counts, and loading that proves itself (`saving.py` writes).
 
 A model is a directory with config.json, safetensors, tokenizer files and generation_config.json. Its size and
 its MLP matrices follow from config.json alone, so a plan is checked before any weight is read; torch and
 transformers are therefore imported only in the functions that need them. Loading runs no code from the
-directory and accepts no missing, left-over or misshapen tensor. Saving reads back what it wrote and compares.
+directory and accepts no missing, left-over or misshapen tensor.
 
 MLP matrices are written [m, n] = [outputs, inputs] and named as in the model, `model.layers.0.mlp.down_proj`. Where a
 low-rank Qwen3 holds gate and up of a layer as one matrix, that is its `gate_up_proj`, gate first.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -322,41 +321,3 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         if f"{name}.weight" not in state:
             state[f"{name}.weight"] = mlp_matrix(model, name).to(model.dtype)
     return rebuild(model, None, state)
-
-
-def logits_difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
-    """Largest difference of logits on eight fixed tokens, relative to the largest logit if above 1."""
-    import torch
-
-    ids_1L = torch.linspace(0, one.config.vocab_size - 1, 8).long()[None]
-    with torch.no_grad():
-        first, second = (m.eval()(ids_1L.to(m.device)).logits.double().cpu() for m in (one, other))
-    return float((first - second).abs().max() / first.abs().max().clamp(min=1))
-
-
-def save(model: PreTrainedModel, tokenizer_dir: Path, out: Path, card: str) -> None:
-    """Write a complete model directory and prove it: reloaded weights equal bit by bit, logits to 1e-6.
-
-    Leaves the model in eval mode. Raises ModelError if there is no tokenizer or the proof fails.
-    """
-    import torch
-
-    from sparsekd_ray.model import low_rank
-
-    out.mkdir(parents=True, exist_ok=True)
-    files = [file for name in TOKENIZER_FILES if (file := Path(tokenizer_dir) / name).exists()]
-    if not files:
-        raise ModelError(f"{tokenizer_dir} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
-    for file in files:
-        shutil.copyfile(file, out / file.name)
-    model.save_pretrained(out, max_shard_size="5GB")
-    (out / "README.md").write_text(card)
-    if is_sparse(model):
-        shutil.copyfile(low_rank.__file__, out / f"{MODELLING_CODE}.py")
-    reloaded = load(out, dtype=model.dtype)
-    meant, found = model.state_dict(), reloaded.state_dict()
-    changed = [name for name in meant if not torch.equal(meant[name].cpu(), found[name])]
-    allowed = 1e-6 if model.device.type == "cpu" else 0.05  # a GPU sums in another order
-    if changed or (difference := logits_difference(model, reloaded)) > allowed:
-        what = f"changed {', '.join(changed)}" if changed else f"logits differ by {difference:.1e}"
-        raise ModelError(f"{out} did not reload as it was saved: {what}")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import checkpoint, saving
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
 
@@ -86,7 +86,7 @@ def export(
         variants["merged"] = checkpoint.merge(model)
     for form, variant in variants.items():
         facts = {**card_facts, "parameters": checkpoint.count_parameters(variant), "biased": biased}
-        checkpoint.save(variant, source, out / form, model_card(facts, form))
+        saving.save(variant, source, out / form, model_card(facts, form))
         metrics[form] = found = _prove(model, variant, out / form)
         say(f"{form}: {found['params']} parameters, logits off by {found['logits_difference']:.0e}")
     return metrics
@@ -101,7 +101,7 @@ def _prove(model: PreTrainedModel, variant: PreTrainedModel, path: Path) -> dict
         loader = get_class_from_dynamic_module(variant.config.auto_map["AutoModelForCausalLM"], str(path))
     loaded = loader.from_pretrained(path, dtype=model.dtype)
     params, expected = checkpoint.count_parameters(loaded), checkpoint.count_parameters(variant)
-    difference = checkpoint.logits_difference(model, loaded)
+    difference = saving.logits_difference(model, loaded)
     allowed = TOLERANCE if model.dtype == torch.float32 else 8 * torch.finfo(model.dtype).eps
     prompt = torch.zeros(1, 1, dtype=torch.long)
     new = loaded.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] - 1

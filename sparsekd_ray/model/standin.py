@@ -42,7 +42,7 @@ from sparsekd_ray import corpus
 from sparsekd_ray.config import Standin
 from sparsekd_ray.errors import CorpusError, IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, token_nll, window_nll
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import checkpoint, saving
 from sparsekd_ray.model.muon import Muon
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -138,7 +138,7 @@ def pretrain(
         if run.step % every == 0 and run.step < settings.steps:
             checkpoints.save(run.step, run.save(out / "checkpoints"))
     metrics = _metrics(run, rows_RL, valid_RL, settings)
-    checkpoint.save(run.model, tokens_dir / "tokenizer", out, _card(metrics, settings))
+    saving.save(run.model, tokens_dir / "tokenizer", out, _card(metrics, settings))
     return metrics
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from sparsekd_ray.each import Each
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import checkpoint, saving
 from sparsekd_ray.prune import factorise, widths
 from sparsekd_ray.prune.task import Task
 
@@ -54,7 +54,7 @@ def prune(task: Task, each: Each, say: Say) -> dict[str, Any]:
     student, facts = make(task, each, say)
     card = f"{CARDS[method]}: {task.sparsity:.1%} of MLP parameters, before any recovery.\n"
     out = task.store.workdir(task.out)
-    checkpoint.save(student, task.folder(), out, card)
+    saving.save(student, task.folder(), out, card)
     return counts(out, task) | facts | {"seconds": time.perf_counter() - start}
 
 
