@@ -50,7 +50,7 @@ def show(
     Args:
         cache: Directory or URL of a finished cache.
         sample: Its id, such as manual-train-000007.
-        temperature: One of those stored; by default the last.
+        temperature: One of those stored; by default 1, or the one that a sample was drawn at.
         top: Alternatives per position.
         scratch: Local directory for downloads from an S3 store.
     """

@@ -77,7 +77,7 @@ def check(mode: str, chosen: argparse.Namespace) -> None:
 
 def run(config: cli.Config, chosen: argparse.Namespace) -> None:
     if chosen.energy is None and (chosen.sparsity is None or len(chosen.sparsity) != 1):
-        raise ConfigError("run prunes to one size: give --sparsity S, or --energy T")
+        raise ConfigError("run prunes to one size: give one --sparsity S, or --energy T")
     if chosen.energy is not None and config.prune.method not in ("svd", "svd-whitened"):
         raise ConfigError(
             f"--energy is of singular values, and {config.prune.method} has none: give --sparsity S"

@@ -137,7 +137,7 @@ def test_show_lists_the_likeliest_and_the_tail(captured):
     sample = "prose-train-000005"
     table = view.sequence(captured, CACHE, sample, 2.0, top=3)
     manifest = shards.read_manifest(captured.fetch(CACHE))
-    rows = next(r for _, r in view.all_rows(captured, CACHE) if sample in r.sample_ids)
+    rows = next(r for _, r in view.all_rows(captured, CACHE, 2.0) if sample in r.sample_ids)
     part, cells = rows.part(rows.sample_ids.index(sample)), [list(column.cells) for column in table.columns]
     assert table.row_count == manifest["seq_len"] - 1
     assert cells[4][7].count("w") == 3 and cells[4][7].startswith(f"w{int(part.ids_NK[7, 0])} ")

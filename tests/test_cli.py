@@ -84,7 +84,7 @@ def test_pruning_tells_how_it_is_called(arguments):
     "arguments, message",
     [
         (["walk"], "found 'walk' where `run` or `compare` belongs"),
-        (["run"], "run prunes to one size: give --sparsity S"),
+        (["run"], "run prunes to one size: give one --sparsity S"),
         (["run", "--sparsity", "0.3", "0.5"], "run prunes to one size"),
         (["run", "--sparsity", "1.5"], "--sparsity 1.5: a share between 0 and 1"),
         (["run", "--sparsity", "half"], "invalid float value: 'half'"),

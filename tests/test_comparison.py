@@ -199,5 +199,5 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
     again: list[str] = []
     pruning.run(config, 0.5, False, again.append, tables.append)
     assert len(tables) == 1 and not any("▶ pruned" in line for line in again), "the comparison made it"
-    assert again[-1].startswith("load it  python -c")
+    assert "from_pretrained(" in again[-1] and "trust_remote_code" not in again[-1]
     assert Ref.of(again[-2].split(str(tmp_path) + "/")[1].rpartition("/")[0]).kind == "export"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -177,16 +179,18 @@ def exported(record: dict[str, Any]) -> str:
 
 def load_command(store: Store, step: Step, record: dict[str, Any]) -> str:
     """Loads an export's smaller directory, from wherever it is, as a user would."""
-    folder = f"{store.root}/{step.ref.key}/{exported(record)}"
+    form = exported(record)
+    folder = f"{store.root}/{step.ref.key}/{form}"
     if store.remote:
-        return f"aws s3 cp --recursive {folder} student && {_python('student')}"
-    return _python(folder)
+        return f"aws s3 cp --recursive {folder} student && python {_loading('student', form)}"
+    return f"{shlex.quote(sys.executable)} {_loading(folder, form)}"
 
 
-def _python(path: str) -> str:
+def _loading(path: str, form: str) -> str:
+    code = ", trust_remote_code=True" if form == "low-rank" else ""
     return (
-        'python -c "from transformers import AutoModelForCausalLM; '
-        f"print(AutoModelForCausalLM.from_pretrained('{path}', trust_remote_code=True))\""
+        '-c "from transformers import AutoModelForCausalLM; '
+        f"print(AutoModelForCausalLM.from_pretrained('{path}'{code}))\""
     )
 
 

@@ -76,7 +76,7 @@ def _stage(
         case "export":
             from sparsekd_ray.model.export import export
 
-            return export(inputs["model"], out, card_facts=_card_facts(step, inputs), say=say)
+            return export(inputs["model"], out, card_facts=_card_facts(step, parents, inputs), say=say)
     raise AssertionError(f"no stage makes a {step.kind}")
 
 
@@ -137,12 +137,13 @@ def _metrics(store: Store, ref: Ref) -> dict[str, Any]:
     return record["metrics"]
 
 
-def _card_facts(step: Step, inputs: dict[str, Path]) -> dict[str, Any]:
+def _card_facts(step: Step, parents: dict[str, Ref], inputs: dict[str, Path]) -> dict[str, Any]:
     figures = json.loads((inputs["figures"] / "perplexity.json").read_text())
     dense = json.loads((inputs["dense"] / "perplexity.json").read_text())
     return {
         "sparsity": step.identity["sparsity"],
         "method": step.identity["method"],
+        "distilled": parents["model"].kind == "distill",
         "perplexity": figures,
         "dense_perplexity": dense,
     }

@@ -117,8 +117,9 @@ def model_card(facts: Mapping[str, Any], form: Form) -> str:
     """README.md of an exported directory: YAML front matter and Markdown.
 
     facts: `parameters` and `sparsity` (share of the dense model's MLP parameters that is gone, or zero); optional
-    `method` (of pruning, a key of `METHODS`), `biased` (low-rank matrices with biases), `base_model` (name or hub
-    id), `license`, `perplexity` and `dense_perplexity` (as `evaluate.perplexity.evaluate` returns them).
+    `method` (of pruning, a key of `METHODS`), `distilled` (False for a student as it was cut), `biased` (low-rank
+    matrices with biases), `base_model` (name or hub id), `license`, `perplexity` and `dense_perplexity` (as
+    `evaluate.perplexity.evaluate` returns them).
     Raises ModelError for a method that is not known.
     """
     method = facts.get("method")
@@ -130,10 +131,11 @@ def model_card(facts: Mapping[str, Any], form: Form) -> str:
     origin = f" of {facts['base_model']}" if facts.get("base_model") else ""
     kind, made = METHODS[method] if method else ("Stock", "Pruned by sparsekd-ray")
     title = kind if form == "stock" else form.capitalize()
+    then = ", then trained to recover by self-distillation (SparseKD)" if facts.get("distilled", True) else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {title} student{origin}",
-        f"{made}, then trained to recover by self-distillation (SparseKD). {_what_it_holds(facts, form)}",
+        f"{made}{then}. {_what_it_holds(facts, form)}",
         f"Parameters: {facts['parameters']:,}, tied embeddings counted once.",
         _perplexity_table(facts.get("perplexity"), facts.get("dense_perplexity")),
         USAGE.format(code=", trust_remote_code=True" if form == "low-rank" else ""),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from sparsekd_ray import corpus
-from sparsekd_ray.errors import IntegrityError
+from sparsekd_ray.errors import ConfigError, IntegrityError
 from sparsekd_ray.model import checkpoint
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import payload, shards
@@ -31,6 +31,10 @@ Say = Callable[[str], None]
 
 def parents(store: Store, ref: Ref) -> dict[str, Ref]:
     """The teacher and the text of a finished cache, from its record."""
+    if ref.kind != "cache":
+        raise ConfigError(
+            f"{store.url(ref.key)} is a {ref.kind}: give a cache, a directory of artifacts/cache/"
+        )
     record = store.record(ref)
     if record is None:
         raise IntegrityError(

@@ -18,10 +18,10 @@ from sparsekd_ray.teacher.threshold import column_sizes
 
 
 def all_rows(store: Store, ref: Ref, temperature: float | None = None) -> Iterator[tuple[Path, shards.Rows]]:
-    """Every shard of a finished cache, verified and decoded at a temperature, by default its last."""
+    """Every shard of a finished cache, verified and decoded at a temperature, by default its first, 1 for top-k."""
     folder = store.fetch(ref)
     manifest = shards.read_manifest(folder)
-    temperature = temperature or payload.tempers(manifest)[-1]
+    temperature = temperature or payload.tempers(manifest)[0]
     for index in range(len(manifest["shard_rows"])):
         path = folder / shards.shard_name(index)
         yield path, shards.read(path, manifest, temperature)
@@ -34,17 +34,21 @@ def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top
     there is no tail. ConfigError if there is no such sample, with some that there are."""
     from transformers import AutoTokenizer
 
+    manifest = shards.read_manifest(store.fetch(ref, [shards.MANIFEST]))
+    temperature = temperature or payload.tempers(manifest)[0]
     rows = _holding(store, ref, sample, temperature)
     tokenizer = AutoTokenizer.from_pretrained(store.fetch(parents(store, ref)["texts"]) / "tokenizer")
     row = rows.sample_ids.index(sample)
     part, ids = rows.part(row), rows.tokens(row).tolist()
-    drawn = shards.read_manifest(store.fetch(ref, [shards.MANIFEST]))["signal"] == "sampled"
+    drawn = manifest["signal"] == "sampled"
     names = (
         ("estimate of p(next)", f"the {top} largest estimates")
         if drawn
         else ("p(next)", f"the {top} likeliest")
     )
-    table = Table("", "token", "next", *names, *([] if drawn else ["tail"]), title=sample)
+    table = Table(
+        "", "token", "next", *names, *([] if drawn else ["tail"]), title=f"{sample}, T = {temperature}"
+    )
     for position, pair in enumerate(pairwise(ids)):
         pairs = zip(part.ids_NK[position].tolist(), part.logprobs_NK[position].exp().tolist(), strict=True)
         kept = {i: p for i, p in pairs if p > 0}  # padding has none
