@@ -6,7 +6,8 @@ over outputs of Fisher scalar times mean squared error, the second-order term of
 independent. So what the model is sensitive to is kept, in each matrix and between them.
 
 Gate and up of a Qwen3 layer, two matrices of the same input, become one low-rank matrix with a shared basis where that
-predicts the smaller loss at the same number of parameters (methods: as SVD-LLM's whitening, with one right factor).
+predicts the smaller loss at the same number of parameters. That is decided before the exact allocation, at the
+budget's share, and so is a heuristic.
 
 Shapes: m rows (outputs), n columns (inputs), r rank, k = min(m, n).
 """
