@@ -31,10 +31,10 @@ def verify(cache: Positional[str], sequences: int = 16, seed: int = 0, scratch: 
         seed: Chooses them.
         scratch: Local directory for downloads from an S3 store.
     """
-    from sparsekd_ray.teacher import audit
+    from sparsekd_ray.teacher import verify
 
     store, ref = locate(cache, scratch)
-    measured = audit.verify(store, ref, sequences, seed, lambda text: print(text, flush=True))
+    measured = verify.verify(store, ref, sequences, seed, lambda text: print(text, flush=True))
     print(f"RESULT {json.dumps(measured)}")
 
 
@@ -56,11 +56,11 @@ def show(
     """
     from rich.console import Console
 
-    from sparsekd_ray.teacher import view
+    from sparsekd_ray.teacher import inspect
 
     store, ref = locate(cache, scratch)
     Console(width=None if sys.stdout.isatty() else 140).print(
-        view.sequence(store, ref, sample, temperature, top)
+        inspect.sequence(store, ref, sample, temperature, top)
     )
 
 
@@ -72,10 +72,10 @@ def stats(cache: Positional[str], plot: Path | None = None, scratch: str | None 
         plot: Where the drawing goes; by default <name of the cache>.png in the working directory.
         scratch: Local directory for downloads from an S3 store.
     """
-    from sparsekd_ray.teacher import view
+    from sparsekd_ray.teacher import inspect
 
     store, ref = locate(cache, scratch)
-    figures = view.statistics(store, ref)
+    figures = inspect.statistics(store, ref)
     print(f"{figures['bytes_per_token']:.1f} bytes per token")
     for name, size in sorted(figures["columns"].items(), key=lambda pair: -pair[1]):
         print(f"  {name:<14} {size:7.2f}")
@@ -84,7 +84,7 @@ def stats(cache: Positional[str], plot: Path | None = None, scratch: str | None 
         for domain, of in domains.items():
             print(f"  {domain:<12} {of['kept_mass']:9.3f} {of['top1_mass']:11.3f} {of['entropy']:9.3f}")
     path = plot or Path(f"{ref.name}-{ref.fingerprint}.png")
-    view.plot(
+    inspect.plot(
         figures, path, f"{ref.name}-{ref.fingerprint}: {figures['bytes_per_token']:.1f} bytes per token"
     )
     print(f"drawn in {path}")

@@ -82,21 +82,21 @@ def run(config: cli.Config, chosen: argparse.Namespace) -> None:
         raise ConfigError(
             f"--energy is of singular values, and {config.prune.method} has none: give --sparsity S"
         )
-    from sparsekd_ray.cascade import pruning  # after parsing: --help stays fast
+    from sparsekd_ray.compare import run  # after parsing: --help stays fast
 
     if chosen.energy is None:
-        pruning.run(config, chosen.sparsity[0], chosen.dry_run, say, cli.table)
+        run.run(config, chosen.sparsity[0], chosen.dry_run, say, cli.table)
         return
     pruning_by_energy = config.prune.model_copy(update={"allocation": "energy"})
     config = config.model_copy(update={"prune": pruning_by_energy})
-    sparsity = pruning.sparsity_of_energy(config, chosen.energy, say)
-    pruning.run(config, sparsity, chosen.dry_run, say, cli.table)
+    sparsity = run.sparsity_of_energy(config, chosen.energy, say)
+    run.run(config, sparsity, chosen.dry_run, say, cli.table)
 
 
 def compare(config: cli.Config, chosen: argparse.Namespace) -> None:
-    from sparsekd_ray.cascade import comparison, pruning
+    from sparsekd_ray.compare import comparison, run
 
-    rows = pruning.compare(
+    rows = run.compare(
         config,
         tuple(chosen.methods or comparison.ALL),
         tuple(chosen.sparsity or comparison.SPARSITIES),

@@ -23,8 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sparsekd_ray.cascade import console, stages
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config, Execution
-from sparsekd_ray.each import Each, here, threads_for
 from sparsekd_ray.errors import SparseKDError
+from sparsekd_ray.runtime.tasks import Each, here, threads_for
 from sparsekd_ray.store import Ref, Store
 
 Say = Callable[[str], None]

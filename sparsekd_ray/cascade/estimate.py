@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sparsekd_ray.config import Config, Shape
-from sparsekd_ray.model.checkpoint import mlp_parameters, total_parameters
-from sparsekd_ray.model.source import config_of
+from sparsekd_ray.model.hub import config_of
+from sparsekd_ray.model.loading import mlp_parameters, total_parameters
 
 GB = 1e9
 LOSS_ROWS = 512  # rows of logits alive in the loss, see distill/loss.py

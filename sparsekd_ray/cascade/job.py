@@ -22,12 +22,12 @@ from typing import Any
 import yaml
 
 from sparsekd_ray import corpus
-from sparsekd_ray.cascade import budget, console
+from sparsekd_ray.cascade import console, feasibility
 from sparsekd_ray.cascade.plan import plan
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
 from sparsekd_ray.errors import ConfigError
-from sparsekd_ray.model import source
+from sparsekd_ray.model import hub
 from sparsekd_ray.store import Store
 
 Say = Callable[[str], None]
@@ -58,9 +58,9 @@ def main(config: Config, command: str, dry_run: bool, say: Say) -> None:
 
 def preflight(config: Config) -> list[Step]:
     """The plan, once every setting that can be checked without work has been; changes nothing."""
-    budget.check_cascade(config, source.mlp_shapes(config.model))
+    feasibility.check_cascade(config, hub.mlp_shapes(config.model))
     check_vocabulary(config)
-    identity = {} if config.model.standin else source.identify(config.model)
+    identity = {} if config.model.standin else hub.identify(config.model)
     return plan(config, corpus.identify, identity)
 
 
@@ -132,8 +132,8 @@ def _reported(summary: str | None) -> list[str] | None:
 def _render(
     config: Config, steps: list[Step], records: dict[str, dict[str, Any]], store: Store, facts: dict[str, Any]
 ) -> None:
-    from sparsekd_ray.cascade.report import render
-    from sparsekd_ray.cascade.summary import summarise
+    from sparsekd_ray.report.render import render
+    from sparsekd_ray.report.summary import summarise
 
     run = facts | {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Execution
-from sparsekd_ray.each import Each
-from sparsekd_ray.kept import Kept
+from sparsekd_ray.runtime.tasks import Each
 from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store.checkpoints import Kept
 
 if TYPE_CHECKING:
     from sparsekd_ray.prune.task import Task
@@ -51,26 +51,26 @@ def _stage(
     match step.kind:
         case "tokenizer":
             from sparsekd_ray import corpus
-            from sparsekd_ray.model import standin
+            from sparsekd_ray.standin import pretrain
 
             texts, settings = step.settings
             documents = corpus.train_documents(texts.sources, step.seed, texts.held_out)
-            return standin.train_tokenizer(documents, settings.vocab, texts.seq_len, out)
+            return pretrain.train_tokenizer(documents, settings.vocab, texts.seq_len, out)
         case "corpus":
             from sparsekd_ray import corpus
 
             return corpus.build(step.settings, inputs["tokenizer"], out, seed=step.seed, say=say)
         case "dense" if "texts" in inputs:
-            from sparsekd_ray.model import standin
+            from sparsekd_ray.standin import pretrain
 
             kept = Kept(store, step.ref)
-            return standin.pretrain(
+            return pretrain.pretrain(
                 step.settings, inputs["texts"], out, seed=step.seed, checkpoints=kept, say=say
             )
         case "dense":
-            from sparsekd_ray.model import source
+            from sparsekd_ray.model import hub
 
-            return source.adopt(step.settings, out, say)
+            return hub.adopt(step.settings, out, say)
         case "evaluate":
             return _evaluate(step, inputs, out, gpu, say)
         case "export":
@@ -91,7 +91,7 @@ def _in_pieces(
         return calibrate(
             parents["model"], parents["texts"], step.ref, settings=step.settings, groups=groups, **run
         )
-    from sparsekd_ray.prune.apply import prune
+    from sparsekd_ray.prune.run import prune
 
     return prune(prune_task(step, parents, store, execution.gpus), each, say)
 
@@ -119,10 +119,10 @@ def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> 
 def _evaluate(step: Step, inputs: dict[str, Path], out: Path, gpu: bool, say: Say) -> dict[str, Any]:
     from sparsekd_ray import corpus
     from sparsekd_ray.evaluate.perplexity import evaluate
-    from sparsekd_ray.model import checkpoint
+    from sparsekd_ray.model import loading
 
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
-    model = checkpoint.load(inputs["model"], dtype=dtype, device=device)
+    model = loading.load(inputs["model"], dtype=dtype, device=device)
     figures = {"dtype": dtype} | evaluate(
         model, corpus.domain_streams(inputs["texts"], "test"), step.settings.window, say
     )

@@ -16,8 +16,8 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError  # s3fs lets its client's errors through
 
-from sparsekd_ray import embedded
 from sparsekd_ray.config import Source
+from sparsekd_ray.corpus import embedded
 from sparsekd_ray.corpus.rows import ENDINGS, columns, document, file_documents
 from sparsekd_ray.errors import CorpusError
 

@@ -27,14 +27,15 @@ from torch import nn
 
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Distill, Execution
-from sparsekd_ray.distill import ranks, schedule
+from sparsekd_ray.distill import schedule
 from sparsekd_ray.distill.loss import kd_loss
 from sparsekd_ray.distill.reader import SampleReader
 from sparsekd_ray.errors import IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, window_starts
-from sparsekd_ray.kept import Kept, tag
-from sparsekd_ray.model import checkpoint, held, saving
+from sparsekd_ray.model import loading, masks, saving
+from sparsekd_ray.runtime import collectives
 from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store.checkpoints import Kept, tag
 from sparsekd_ray.teacher import payload, shards
 from sparsekd_ray.teacher.signal import Target
 
@@ -97,16 +98,16 @@ class Student(nn.Module):
 
 def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     """Runs one job on this worker, in step with the others; worker 0 commits the student."""
-    rank, world = ranks.rank_and_world()
+    rank, world = collectives.rank_and_world()
     started, settings = time.monotonic(), job.settings
     torch.manual_seed(job.seed)
     reader = SampleReader(store, job.cache, settings.temperature)
     source, texts = store.fetch(job.student), store.fetch(job.corpus)
     valid = corpus.domain_streams(texts, "valid")
-    model = checkpoint.load(source)
+    model = loading.load(source)
     _check(reader.manifest, model.config.vocab_size, corpus.read_manifest(texts), job)
     _freeze(model, settings)
-    zeros = held.hold(model)
+    zeros = masks.hold(model)
     if execution.recompute:
         model.activation_checkpointing_enable()
     steps = schedule.total_steps(reader.samples, settings.batch, settings.epochs)
@@ -143,21 +144,21 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
         progress.step += 1
         if progress.step % settings.validate_every == 0 or progress.step == steps:
             since = progress.step - progress.history[-1]["step"]
-            validate((ranks.total(sums) / (since * settings.batch * (reader.seq_len - 1))).tolist())
+            validate((collectives.total(sums) / (since * settings.batch * (reader.seq_len - 1))).tolist())
             sums.zero_()
             if not over():
                 _save(engine, kept, progress, best)
-    ranks.barrier()
+    collectives.barrier()
     if rank == 0:
         for name, parameter in model.named_parameters():
             parameter.data.copy_(best[name])
-        if lost := held.violations(model, zeros):
+        if lost := masks.violations(model, zeros):
             raise ModelError(
                 f"{job.title}: training moved masked weights off zero, {lost}; nothing was committed"
             )
         _commit(job, store, model, source, progress, steps, time.monotonic() - started)
     engine.destroy()
-    ranks.barrier()
+    collectives.barrier()
     kept.forget()
 
 
@@ -230,7 +231,7 @@ def _freeze(model: Any, settings: Distill) -> None:
 
 def _validate(model: Any, streams: dict[str, Any], seq_len: int) -> dict[str, Any]:
     """Perplexity on disjoint windows, shared out over the workers; the same figure on all of them."""
-    rank, world = ranks.rank_and_world()
+    rank, world = collectives.rank_and_world()
     model.eval()
     sums = torch.zeros(len(streams), 2, dtype=torch.float64)
     for row, stream in enumerate(streams.values()):
@@ -238,14 +239,14 @@ def _validate(model: Any, streams: dict[str, Any], seq_len: int) -> dict[str, An
         for nll, count in window_nll(model, stream, mine, seq_len):
             sums[row] += torch.tensor([nll, count], dtype=torch.float64)
     model.train()
-    parts = [(nll, int(count)) for nll, count in ranks.total(sums).tolist()]
+    parts = [(nll, int(count)) for nll, count in collectives.total(sums).tolist()]
     domains = {domain: perplexity([part]) for domain, part in zip(streams, parts, strict=True)}
     return {"valid_ppl": perplexity(parts), "valid_domains": domains}
 
 
 def _save(engine: Any, kept: Kept, progress: Progress, best: dict[str, torch.Tensor]) -> None:
     """Publishes a checkpoint, each worker its own part, and drops the one before it."""
-    rank, _ = ranks.rank_and_world()
+    rank, _ = collectives.rank_and_world()
     folder = kept.folder() / tag(progress.step)
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     if rank == 0:
@@ -254,30 +255,30 @@ def _save(engine: Any, kept: Kept, progress: Progress, best: dict[str, torch.Ten
     of_all = {path for path in folder.iterdir() if "zero_pp_rank_" not in path.name and path.name[0] != "."}
     own = set(folder.glob(f"*zero_pp_rank_{rank}_*"))
     kept.publish(sorted(own | of_all if rank == 0 else own))
-    ranks.barrier()
+    collectives.barrier()
     if rank == 0:
         kept.complete(folder.name)
-    ranks.barrier()
+    collectives.barrier()
     kept.forget(before=progress.step)
 
 
 def _resume(job: Job, engine: Any, kept: Kept, say: Say) -> tuple[Progress, dict[str, torch.Tensor]] | None:
     """Loads the newest complete checkpoint into the engine; None where there is none to continue from."""
-    rank, world = ranks.rank_and_world()
-    newest = ranks.agree(kept.newest())
+    rank, world = collectives.rank_and_world()
+    newest = collectives.agree(kept.newest())
     if newest is None:
         if rank == 0:
             kept.discard_all()  # parts of one that was never completed
-        ranks.barrier()
+        collectives.barrier()
         return None
     progress = Progress(**json.loads((kept.fetch(newest, PROGRESS) / PROGRESS).read_text()))
     if progress.world != world:
         # optimiser states are cut for a number of workers
-        ranks.barrier()  # all have read why
+        collectives.barrier()  # all have read why
         if rank == 0:
             say(f"{job.title}: checkpoint of {progress.world} workers, now {world}: starting this step again")
             kept.discard_all()
-        ranks.barrier()
+        collectives.barrier()
         return None
     folder = kept.fetch(newest)
     engine.load_checkpoint(str(folder.parent), tag=folder.name)

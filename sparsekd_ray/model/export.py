@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import checkpoint, saving
+from sparsekd_ray.model import loading, saving
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
 
@@ -75,17 +75,17 @@ def export(
     low-rank student with biases, which no stock model can hold, the reason in place of `merged`'s figures.
     Raises ModelError if a directory does not load as its card says.
     """
-    model = checkpoint.load(source, dtype="auto")
-    low_rank, biased = checkpoint.is_sparse(model), checkpoint.mlp_form(model)[1]
+    model = loading.load(source, dtype="auto")
+    low_rank, biased = loading.is_sparse(model), loading.mlp_form(model)[1]
     variants: dict[Form, PreTrainedModel] = {"low-rank" if low_rank else "stock": model}
     metrics: dict[str, Any] = {}
     if biased:
         metrics["merged"] = {"absent": NOT_MERGED}
         say(f"merged: none, because {NOT_MERGED}")
     elif low_rank:
-        variants["merged"] = checkpoint.merge(model)
+        variants["merged"] = loading.merge(model)
     for form, variant in variants.items():
-        facts = {**card_facts, "parameters": checkpoint.count_parameters(variant), "biased": biased}
+        facts = {**card_facts, "parameters": loading.count_parameters(variant), "biased": biased}
         saving.save(variant, source, out / form, model_card(facts, form))
         metrics[form] = found = _prove(model, variant, out / form)
         say(f"{form}: {found['params']} parameters, logits off by {found['logits_difference']:.0e}")
@@ -95,12 +95,12 @@ def export(
 def _prove(model: PreTrainedModel, variant: PreTrainedModel, path: Path) -> dict[str, Any]:
     """Load a directory as its user does, compare the logits with those of `model`, and generate."""
     loader: Any = AutoModelForCausalLM
-    if checkpoint.is_sparse(variant):
+    if loading.is_sparse(variant):
         # What AutoModelForCausalLM does with trust_remote_code=True where this package is absent. Here it
         # would prefer the class registered by `checkpoint` and prove nothing about the shipped file.
         loader = get_class_from_dynamic_module(variant.config.auto_map["AutoModelForCausalLM"], str(path))
     loaded = loader.from_pretrained(path, dtype=model.dtype)
-    params, expected = checkpoint.count_parameters(loaded), checkpoint.count_parameters(variant)
+    params, expected = loading.count_parameters(loaded), loading.count_parameters(variant)
     difference = saving.logits_difference(model, loaded)
     allowed = TOLERANCE if model.dtype == torch.float32 else 8 * torch.finfo(model.dtype).eps
     prompt = torch.zeros(1, 1, dtype=torch.long)
@@ -148,7 +148,7 @@ def _what_it_holds(facts: Mapping[str, Any], form: Form) -> str:
     share = f"{facts['sparsity']:.1%} of the dense model's MLP parameters"
     if form == "low-rank":
         held = f"Its MLP matrices are products of two thin ones, so that {share} are gone; "
-        held += f"`{checkpoint.MODELLING_CODE}.py` beside the weights is the architecture."
+        held += f"`{loading.MODELLING_CODE}.py` beside the weights is the architecture."
         return f"{held} There is no merged form, because {NOT_MERGED}." if facts.get("biased") else held
     if form == "merged":
         held = f"The student is low-rank, without {share}; here its products are multiplied out, which gives "

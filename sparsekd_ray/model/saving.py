@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import checkpoint, low_rank
+from sparsekd_ray.model import loading, low_rank
 
 
 def logits_difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
@@ -24,18 +24,18 @@ def save(model: PreTrainedModel, tokenizer_dir: Path, out: Path, card: str) -> N
     Leaves the model in eval mode. Raises ModelError if there is no tokenizer or the proof fails.
     """
     out.mkdir(parents=True, exist_ok=True)
-    files = [file for name in checkpoint.TOKENIZER_FILES if (file := Path(tokenizer_dir) / name).exists()]
+    files = [file for name in loading.TOKENIZER_FILES if (file := Path(tokenizer_dir) / name).exists()]
     if not files:
         raise ModelError(
-            f"{tokenizer_dir} has no tokenizer: expected one of {', '.join(checkpoint.TOKENIZER_FILES)}"
+            f"{tokenizer_dir} has no tokenizer: expected one of {', '.join(loading.TOKENIZER_FILES)}"
         )
     for file in files:
         shutil.copyfile(file, out / file.name)
     model.save_pretrained(out, max_shard_size="5GB")
     (out / "README.md").write_text(card)
-    if checkpoint.is_sparse(model):
-        shutil.copyfile(low_rank.__file__, out / f"{checkpoint.MODELLING_CODE}.py")
-    reloaded = checkpoint.load(out, dtype=model.dtype)
+    if loading.is_sparse(model):
+        shutil.copyfile(low_rank.__file__, out / f"{loading.MODELLING_CODE}.py")
+    reloaded = loading.load(out, dtype=model.dtype)
     meant, found = model.state_dict(), reloaded.state_dict()
     changed = [name for name in meant if not torch.equal(meant[name].cpu(), found[name])]
     allowed = 1e-6 if model.device.type == "cpu" else 0.05  # a GPU sums in another order

@@ -22,8 +22,8 @@ from typing import Literal
 import numpy as np
 
 from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.model.cost import aligned_ranks, parameters
 from sparsekd_ray.prune import knapsack
-from sparsekd_ray.prune.cost import aligned_ranks, parameters
 from sparsekd_ray.prune.knapsack import Options
 
 TOLERANCE = 1e-3  # of the original dense MLP parameters: how near the budget is near enough

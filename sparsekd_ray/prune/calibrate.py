@@ -25,11 +25,11 @@ from torch import Tensor
 
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Calibrate
-from sparsekd_ray.each import Each
 from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelError
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import loading
 from sparsekd_ray.model.mlp import require_finite
 from sparsekd_ray.prune import statistics
+from sparsekd_ray.runtime.tasks import Each
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher.forward import tokens
 
@@ -91,7 +91,7 @@ def measure(
     # the first piece of a machine downloads the weights, the others find them
     directory = store.fetch(model)
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
-    loaded = checkpoint.load(directory, dtype=dtype, device=device)
+    loaded = loading.load(directory, dtype=dtype, device=device)
     for name, tensor in loaded.state_dict().items():
         require_finite(name, tensor)
     if not todo:
@@ -167,8 +167,8 @@ def check(manifest: dict[str, Any], model_fingerprint: str) -> None:
 
 
 def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bool) -> dict[str, Any]:
-    values = checkpoint.config_dict(store.fetch(model, ["config.json"]))
-    family, rows = checkpoint.check_supported(values), sample(store, texts, settings)
+    values = loading.config_dict(store.fetch(model, ["config.json"]))
+    family, rows = loading.check_supported(values), sample(store, texts, settings)
     count, length = tokens(rows).shape
     names = "\n".join(rows["sample_id"].to_pylist())
     return {

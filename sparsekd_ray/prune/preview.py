@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sparsekd_ray.each import Each
-from sparsekd_ray.model import checkpoint
-from sparsekd_ray.prune import factorise, widths
-from sparsekd_ray.prune.apply import check_form
-from sparsekd_ray.prune.cost import parameters
+from sparsekd_ray.model import loading
+from sparsekd_ray.model.cost import parameters
+from sparsekd_ray.prune import low_rank, structured
+from sparsekd_ray.prune.run import check_form
 from sparsekd_ray.prune.task import Task
+from sparsekd_ray.runtime.tasks import Each
 
 Row = dict[str, Any]
 
@@ -21,7 +21,7 @@ def table(task: Task, each: Each, say: Callable[[str], None]) -> list[Row]:
     check_form(task)
     match task.settings.method:
         case "svd" | "svd-whitened":
-            return _low_rank(task, factorise.plan(task, each, say))
+            return _low_rank(task, low_rank.plan(task, each, say))
         case "neurons" | "sdm":
             return _narrower(task)
         case "depth":
@@ -37,8 +37,8 @@ def total(rows: list[Row]) -> Row:
     return {"matrix": "all", "becomes": share} | counts | {"predicted loss": sum(losses) if losses else None}
 
 
-def _low_rank(task: Task, plan: factorise.Plan) -> list[Row]:
-    settings, held = task.settings, checkpoint.mlp_ranks(task.folder())
+def _low_rank(task: Task, plan: low_rank.Plan) -> list[Row]:
+    settings, held = task.settings, loading.mlp_ranks(task.folder())
     rows = []
     for name, (m, n) in plan.shapes.items():
         rank = plan.ranks[name] or held.get(name)
@@ -49,7 +49,7 @@ def _low_rank(task: Task, plan: factorise.Plan) -> list[Row]:
 
 
 def _narrower(task: Task) -> list[Row]:
-    values, width = checkpoint.config_dict(task.folder()), widths.width_of(task)
+    values, width = loading.config_dict(task.folder()), structured.width_of(task)
     hidden, inner, layers = (values[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     return [
         _row(f"model.layers.{i}.mlp", f"{width} neurons", 3 * hidden * width, 3 * hidden * inner, None)
@@ -58,8 +58,8 @@ def _narrower(task: Task) -> list[Row]:
 
 
 def _shallower(task: Task) -> list[Row]:
-    shapes, dropped = checkpoint.shapes_from_config(task.folder()), set(widths.layers_to_drop(task))
-    layers = checkpoint.config_dict(task.folder())["num_hidden_layers"]
+    shapes, dropped = loading.shapes_from_config(task.folder()), set(structured.layers_to_drop(task))
+    layers = loading.config_dict(task.folder())["num_hidden_layers"]
     each = sum(m * n for m, n in shapes.values()) // layers
     return [
         _row(
@@ -74,8 +74,8 @@ def _shallower(task: Task) -> list[Row]:
 
 
 def _masked(task: Task) -> list[Row]:
-    share = widths.share_of(task)
-    shapes = checkpoint.shapes_from_config(task.folder())
+    share = structured.share_of(task)
+    shapes = loading.shapes_from_config(task.folder())
     return [
         _row(name, f"{share:.1%} zeros", m * n - round(share * m * n), m * n, None)
         for name, (m, n) in shapes.items()

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from sparsekd_ray.config import Calibrate, Prune
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import checkpoint
+from sparsekd_ray.model import loading
 from sparsekd_ray.model.mlp import require_finite
 from sparsekd_ray.prune import calibrate
-from sparsekd_ray.store import CHECKPOINTS, Ref, Store
+from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store.artifacts import CHECKPOINTS
 
 Tensors = dict[str, torch.Tensor]
 
@@ -53,7 +54,7 @@ class Task:
 
     def load(self, device: str = "cpu") -> Any:
         """The model in the type it is stored in; ModelError, naming the tensor, if a weight is not finite."""
-        model = checkpoint.load(self.folder(), dtype="auto", device=device)
+        model = loading.load(self.folder(), dtype="auto", device=device)
         for name, tensor in model.state_dict().items():
             require_finite(name, tensor)
         return model

@@ -1,1 +1,0 @@
-"""Measurements that `jobs/benchmark.py` runs: ratios inside one run, medians of pairs, never part of the tests."""

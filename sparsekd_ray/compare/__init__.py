@@ -1,0 +1,1 @@
+"""Pruning methods side by side."""

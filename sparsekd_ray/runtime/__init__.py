@@ -1,0 +1,1 @@
+"""What runs work: here or over Ray, with its log lines and collectives."""

@@ -1,0 +1,1 @@
+"""A small model of a real architecture, trained on the spot."""

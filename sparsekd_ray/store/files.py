@@ -1,0 +1,245 @@
+"""Files under one root, on local disk or S3, by key.
+
+A key is a path relative to the root. Writing is all or nothing: a reader, or a kill, never meets half a
+file. What goes wrong becomes a StoreError that says what was found and what to do.
+"""
+
+import errno
+import functools
+import os
+import re
+import shutil
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekd_ray.errors import ConfigError, StoreError
+from sparsekd_ray.store import s3
+
+# What torch, safetensors and Ray make of a full disk: they keep the words, if anything, and lose the errno.
+DISK_FULL = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed", "unexpected pos")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files below ``root``, a local directory or ``s3://bucket/prefix``; pickles as two strings."""
+
+    root: str
+    scratch: str | None = None  # where files of an S3 root are kept on this machine; ~/.cache/sparsekd-ray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", _normal_root(self.root))
+
+    @property
+    def remote(self) -> bool:
+        return self.root.startswith("s3://")
+
+    def url(self, key: str) -> str:
+        """Where a key lies, as a person would type it."""
+        return f"{self.root}/{key}"
+
+    def local(self, key: str) -> Path:
+        """Where a key lies on this machine: its place in a local root, its scratch copy for S3."""
+        if not self.remote:
+            return Path(self.root, key)
+        scratch = Path(self.scratch or "~/.cache/sparsekd-ray").expanduser().absolute()
+        return scratch / self.root.removeprefix("s3://") / key
+
+    def check(self) -> None:
+        """Prove within seconds that this process may write, list, read and delete here; StoreError if not."""
+        files, probe = s3.client(hasty=True) if self.remote else self._files, uuid.uuid4().hex
+        path = self._path(f".check-{probe}")
+        with self.explaining("trying to write, list, read and delete a file"):
+            if not self.remote:
+                os.makedirs(self.root, exist_ok=True)
+            files.pipe_file(path, probe.encode())
+            found = files.find(path) and files.cat_file(path)
+            files.rm_file(path)
+            gone = not files.exists(path)
+        if found != probe.encode() or not gone:
+            raise StoreError(
+                f"Store {self.root} does not find a file just written, or finds one just deleted. "
+                f"Use a server that shows every write at once, as AWS S3 does."
+            )
+
+    def find(self, key: str) -> list[str]:
+        """Every key at or below ``key``."""
+        with self.explaining(f"listing {key}"):
+            return [path.removeprefix(self._path("")) for path in self._files.find(self._path(key))]
+
+    def read_bytes(self, key: str) -> bytes | None:
+        with self.explaining(f"reading {key}"):
+            try:
+                return self._files.cat_file(self._path(key))
+            except FileNotFoundError:
+                return None
+
+    def read_text(self, key: str) -> str | None:
+        data = self.read_bytes(key)
+        return None if data is None else data.decode()
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        with self.explaining(f"writing {key}"):
+            if self.remote:
+                self._files.pipe_file(self._path(key), data)
+            else:
+                _replace(self.local(key), data)
+
+    def write_text(self, key: str, text: str) -> None:
+        self.write_bytes(key, text.encode())
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write a file unless it exists. True: it is ours. False: it exists, or the server cannot promise
+        (rclone ignores the condition and overwrites): wait a moment and read it to see whose it is."""
+        with self.explaining(f"creating {key}"):
+            if not self.remote:
+                return _create(self.local(key), data)
+            try:
+                for _ in range(2):  # accepted twice: the server ignores conditions
+                    self._files.pipe_file(self._path(key), data, mode="create")
+            except OSError as error:
+                if s3.code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+                    return self.read_bytes(key) == data
+                if s3.code(error) not in ("NotImplemented", "501"):
+                    raise
+                self.write_bytes(key, data)
+            return False
+
+    def delete(self, key: str) -> None:
+        """Delete the file ``key``, or all files below it, here and in scratch; no error if there is none."""
+        with self.explaining(f"deleting {key}"):
+            if self.remote and (found := self.find(key)):
+                self._files.rm([self._path(doomed) for doomed in found])
+            local = self.local(key)
+            shutil.rmtree(local) if local.is_dir() else local.unlink(missing_ok=True)
+
+    def upload(self, key: str) -> None:
+        """Store ``local(key)``; on local disk it is stored already."""
+        if self.remote:
+            with self.explaining(f"uploading {key}"):
+                self._files.put_file(str(self.local(key)), self._path(key))
+
+    @contextmanager
+    def download(self, key: str) -> Iterator[Path]:
+        """A temporary local copy of a stored file (no file if there is none), to be verified and renamed."""
+        path = _temporary(self.local(key))
+        try:
+            with self.explaining(f"downloading {key}"), suppress(FileNotFoundError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._files.get_file(self._path(key), str(path))
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def explaining(self, doing: str) -> Iterator[None]:
+        """Turn what a file system raises into a StoreError; without its cause, which may quote a key."""
+        failures = s3.failures() if self.remote else (OSError,)
+        try:
+            yield
+        except failures as error:
+            raise self.failure(doing, error) from None
+
+    def failure(self, doing: str, error: Exception) -> StoreError:
+        """The error in words; a full disk is recognised whichever library met it."""
+        if disk_full(error):
+            found, todo = f"no space left on device, {_free(self.local(''))}", "Free space and resubmit."
+        elif self.remote and not getattr(error, "filename", None):
+            found, todo = s3.words(error)
+        else:  # a file on this machine, scratch included
+            where = getattr(error, "filename", None) or self.root
+            found = f"{getattr(error, 'strerror', None) or error} ({where})"
+            todo = "Choose a directory that this user may create and write, or mend its rights."
+        return StoreError(
+            f"Store {self.root}: {doing} failed: {found}. Finished artifacts are intact. {todo}"
+        )
+
+    @property
+    def _files(self) -> Any:
+        return _filesystem(self.remote, os.getpid())
+
+    def _path(self, key: str) -> str:
+        """A key as fsspec takes it: ``/absolute/path/key`` or ``bucket/prefix/key``."""
+        return f"{self.root.removeprefix('s3://')}/{key}"
+
+
+def disk_full(error: BaseException) -> bool:
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error).lower() for words in DISK_FULL)
+
+
+def _normal_root(root: str) -> str:
+    """An absolute local path (Ray's workers run elsewhere) or ``s3://bucket/prefix``. A refused address
+    is not quoted: it may hold a secret."""
+    scheme, _, rest = root.rpartition("://")
+    if scheme in ("", "file") and rest:
+        return os.path.abspath(os.path.expanduser(rest))
+    if "@" in rest:
+        raise ConfigError(
+            "The store's root carries credentials (something before an @). Give s3://bucket/prefix alone, and "
+            "them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or the role of the machine."
+        )
+    if not re.fullmatch(r"s3://[A-Za-z0-9._-]+(/[^?#]*)?", root):
+        raise ConfigError(
+            "The store's root is neither a local directory nor s3://bucket/prefix. Give one of these."
+        )
+    return root.rstrip("/")
+
+
+@functools.lru_cache
+def _filesystem(remote: bool, process: int) -> Any:
+    """The fsspec file system; one per ``process``, since connections do not survive a fork."""
+    import fsspec  # a tenth of a second that --help need not pay for
+
+    return s3.client() if remote else fsspec.filesystem("file")
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other thread, process or pod writes to."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.tmp")
+
+
+@contextmanager
+def _written(path: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file beside ``path`` with the data on disk; removed at the end if it is still there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with _written(path, data) as temporary:
+        os.replace(temporary, path)
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """By a hard link, which appears with its contents or not at all; where the disk knows none, no promise."""
+    with _written(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            os.replace(temporary, path)
+            return False
+
+
+def _free(path: Path) -> str:
+    while not path.exists():
+        path = path.parent
+    return f"{shutil.disk_usage(path).free / 2**20:,.1f} MiB free at {path}"

@@ -1,0 +1,242 @@
+"""Is a cache what its teacher says? Every file, row and id is checked; a seeded sample of sequences is asked again.
+
+Torch and transformers alone. Shapes: N positions, V vocabulary, K kept ids.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from sparsekd_ray import corpus
+from sparsekd_ray.errors import ConfigError, IntegrityError
+from sparsekd_ray.model import loading
+from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.teacher import payload, shards
+from sparsekd_ray.teacher.forward import Forward, bucket, draws_of, lengths, longest_first, tokens
+from sparsekd_ray.teacher.signal import NOTHING, ROWS_PER_CHUNK, Target, joined, sampled
+
+ALLOWED = {"plain": 1e-5, "compact": 2e-3, "sampled": 2e-2}
+"""Mean distance between teacher and cache, beyond ten times what two passes of the teacher differ by: KL in nat for
+top-k; total variation for a sample, whose exact probabilities are off by up to 1/64."""
+NOISE = 1e-2  # no more is forgiven, however unsteady the teacher is
+Say = Callable[[str], None]
+
+
+def parents(store: Store, ref: Ref) -> dict[str, Ref]:
+    """The teacher and the text of a finished cache, from its record."""
+    if ref.kind != "cache":
+        raise ConfigError(
+            f"{store.url(ref.key)} is a {ref.kind}: give a cache, a directory of artifacts/cache/"
+        )
+    record = store.record(ref)
+    if record is None:
+        raise IntegrityError(
+            f"{store.url(ref.key)} has no record: it is not finished. Submit its cascade again."
+        )
+    return {role: Ref.of(key) for role, key in record["inputs"].items()}
+
+
+def verify(store: Store, ref: Ref, sequences: int, seed: int, say: Say) -> dict[str, Any]:
+    """Checks all of a cache and returns what was measured; IntegrityError at the first thing that is not as it should.
+
+    `distance` is a mean over all positions of `sequences` sequences and over the stored temperatures. Of top-k,
+    KL(teacher now ‖ cache), the rest of the vocabulary as one. Of a sample, the total variation between it and the
+    sample drawn again. `noise` is the same between the teacher now and the teacher now, one sequence at a time.
+    """
+    of = parents(store, ref)
+    folder, texts = store.fetch(ref), store.fetch(of["texts"])
+    manifest = shards.read_manifest(folder)
+    _belongs(manifest, of, corpus.read_manifest(texts))
+    say(f"{len(manifest['shard_rows'])} shards: every checksum is that of the record")
+    counts = {"shards": len(manifest["shard_rows"]), "rows": _count(folder, texts, manifest)}
+    say(f"{counts['rows']:,} rows, every one in its place, with its tokens, ids and probabilities in range")
+    measured = _live(store.fetch(of["teacher"]), folder, texts, manifest, sequences, seed)
+    return measured | counts | {"allowed": _judge(measured, folder, manifest, say)}
+
+
+def _judge(measured: dict[str, Any], folder: Path, manifest: dict[str, Any], say: Say) -> float:
+    """The distance that is allowed; IntegrityError beyond it."""
+    form = "sampled" if manifest["signal"] == "sampled" else manifest["codec"]
+    allowed = ALLOWED[form] + min(10 * measured["noise"], NOISE)
+    name = "total variation" if form == "sampled" else "KL"
+    say(
+        f"teacher now against cache, {measured['positions']:,} positions: {name} {measured['distance']:.2e} (the "
+        f"teacher against itself {measured['noise']:.1e}, allowed {allowed:.1e})"
+    )
+    if not measured["distance"] <= allowed:
+        raise IntegrityError(
+            f"{folder} is not what its teacher says: mean {name} {measured['distance']:.3g}, allowed {allowed:.3g}. "
+            f"Remove it to have it captured again."
+        )
+    return allowed
+
+
+def _count(folder: Path, texts: Path, manifest: dict[str, Any]) -> int:
+    """Rows of all shards, each checked; IntegrityError unless rows and tokens are as many as the manifest says."""
+    counts = [_checked(folder, texts, index, manifest) for index in range(len(manifest["shard_rows"]))]
+    rows, total = [count for count, _ in counts], sum(count for _, count in counts)
+    if rows != manifest["shard_rows"] or (sum(rows), total) != (manifest["rows"], manifest["tokens"]):
+        raise IntegrityError(
+            f"{folder}: {sum(rows)} rows of {total} tokens found, the manifest says {manifest['rows']} of "
+            f"{manifest['tokens']}"
+        )
+    return sum(rows)
+
+
+def _belongs(manifest: dict[str, Any], of: dict[str, Ref], source: dict[str, Any]) -> None:
+    shards.check(
+        manifest,
+        tokenizer_hash=source["tokenizer_hash"],
+        vocab_size=manifest["vocab_size"],
+        teacher=of["teacher"].fingerprint,
+        corpus=of["texts"].fingerprint,
+    )
+
+
+def _checked(folder: Path, texts: Path, index: int, manifest: dict[str, Any]) -> tuple[int, int]:
+    """Rows and tokens of one shard, once each is found to be the corpus's, and every number possible."""
+    name = shards.shard_name(index)
+    source = corpus.read_shard(texts / "train" / name)
+    for temperature in payload.tempers(manifest):
+        found = shards.read(folder / name, manifest, temperature)
+        target = found.target
+        mass_N = target.logprobs_NK.exp().sum(-1) + target.tail_N
+        wrong = {
+            "sample ids": found.sample_ids != source["sample_id"].to_pylist(),
+            "domains": found.domains != source["domain"].to_pylist(),
+            "lengths": not np.array_equal(np.diff(found.first_B1), lengths(source)),
+            "input ids": not np.array_equal(found.input_ids, source["input_ids"].combine_chunks().flatten()),
+            "ids": bool((target.ids_NK < 0).any() or (target.ids_NK >= manifest["vocab_size"]).any()),
+            "probabilities": not bool(torch.isfinite(target.logprobs_NK).all() and (mass_N > 0).all()),
+            "repeated ids": _repeats(target),
+            "sums": manifest["signal"] == "topk" and bool(((mass_N - 1).abs() > 1e-3).any()),
+        }
+        for what, is_wrong in wrong.items():
+            if is_wrong:
+                raise IntegrityError(
+                    f"{folder / name}: its {what} are not those of the corpus, or impossible"
+                )
+    return len(source), int(lengths(source).sum())
+
+
+def _repeats(target: Target) -> bool:
+    """Whether a position keeps an id twice; padding aside."""
+    kept_NK = target.logprobs_NK > NOTHING
+    ids_NK = torch.where(kept_NK, target.ids_NK, -1 - torch.arange(target.ids_NK.shape[1])).sort(-1).values
+    return bool((ids_NK.diff(dim=-1) == 0).any())
+
+
+def _live(
+    teacher: Path, folder: Path, texts: Path, manifest: dict[str, Any], sequences: int, seed: int
+) -> dict[str, Any]:
+    """Means over the positions of `sequences` rows and over temperatures, as `verify` defines them."""
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, manifest["dtype"])
+    forward = Forward(loading.load(teacher, dtype=dtype, device=device), manifest)
+    places = [(i, row) for i, count in enumerate(manifest["shard_rows"]) for row in range(count)]
+    rows, chosen = _rows(texts, sorted(random.Random(seed).sample(places, min(sequences, len(places)))))
+    draw_N, gaps = _draws(rows), torch.zeros(2, dtype=torch.float64)
+    for temperature in payload.tempers(manifest):
+        chunks = zip(
+            _logprobs(forward, rows, forward.sequences, temperature),
+            _logprobs(forward, rows, 1, temperature),
+            _chunks(_cached(folder, chosen, manifest, temperature)),
+            draw_N.split(ROWS_PER_CHUNK),
+            strict=True,
+        )
+        gaps += sum(_gaps(*chunk, manifest) for chunk in chunks)
+    distance, noise = (gaps / (len(draw_N) * len(payload.tempers(manifest)))).tolist()
+    return {"distance": distance, "noise": noise, "positions": len(draw_N), "sequences": len(chosen)}
+
+
+def _gaps(
+    live_nV: torch.Tensor,
+    again_nV: torch.Tensor,
+    target: Target,
+    draw_n: torch.Tensor,
+    manifest: dict[str, Any],
+) -> torch.Tensor:
+    """Σ over positions of the distance between teacher and cache, and between teacher and teacher [2]."""
+    if manifest["signal"] == "sampled":
+        now_nV, then_nV = (_drawn(x, manifest, draw_n) for x in (live_nV, again_nV))
+        apart = [
+            (now_nV - other_nV).abs().sum() / 2 for other_nV in (estimate(target, now_nV.shape[1]), then_nV)
+        ]
+    else:
+        noise_n = (live_nV.exp() * (live_nV - again_nV)).sum(-1).clamp(min=0)
+        apart = [divergence(live_nV, target).sum(), noise_n.sum()]
+    return torch.stack(apart).double()
+
+
+def divergence(live_nV: torch.Tensor, target: Target) -> torch.Tensor:
+    """KL(teacher ‖ cache) of each position, of the kept ids and the rest as one."""
+    kept_nK = live_nV.gather(1, target.ids_NK.long())
+    rest_n = (1 - kept_nK.exp().sum(-1)).clamp(min=1e-9)
+    gap_nK = kept_nK.exp() * (kept_nK - target.logprobs_NK)
+    return gap_nK.sum(-1) + rest_n * (rest_n.log() - target.tail_N.clamp(min=1e-9).log())
+
+
+def _drawn(live_nV: torch.Tensor, manifest: dict[str, Any], draw_n: torch.Tensor) -> torch.Tensor:
+    """The sample drawn again, as an estimate over the vocabulary."""
+    again = sampled(live_nV, 1.0, manifest["threshold"], draw_n)  # log p_T are logits at temperature 1
+    return estimate(Target(again.ids_NK, again.logprobs_NK, torch.zeros(len(live_nV))), live_nV.shape[1])
+
+
+def estimate(target: Target, vocabulary: int) -> torch.Tensor:
+    """Probabilities over the vocabulary of what a sample says [n, V]."""
+    weights_nK = target.logprobs_NK.exp()
+    return torch.zeros(len(weights_nK), vocabulary).scatter_add_(1, target.ids_NK.long(), weights_nK)
+
+
+def _logprobs(forward: Forward, rows: pa.Table, sequences: int, temperature: float) -> Iterator[torch.Tensor]:
+    """log p_T in chunks of ROWS_PER_CHUNK positions, cut alike however many sequences run together."""
+    waiting_nV = torch.empty(0)
+    for batch in _batches(rows, sequences):
+        for logits_nV in forward.logits(tokens(batch)):
+            waiting_nV = torch.cat([waiting_nV, logits_nV]) if len(waiting_nV) else logits_nV
+            while len(waiting_nV) >= ROWS_PER_CHUNK:
+                yield (waiting_nV[:ROWS_PER_CHUNK].float() / temperature).log_softmax(-1).cpu()
+                waiting_nV = waiting_nV[ROWS_PER_CHUNK:]
+    if len(waiting_nV):
+        yield (waiting_nV.float() / temperature).log_softmax(-1).cpu()
+
+
+def _chunks(target: Target) -> Iterator[Target]:
+    for columns in zip(*(column.split(ROWS_PER_CHUNK) for column in target), strict=True):
+        yield Target(*columns)
+
+
+def _batches(rows: pa.Table, sequences: int) -> Iterator[pa.Table]:
+    """`sequences` rows of one length at a time, of rows that stand longest first."""
+    lengths_B, left_B = lengths(rows), np.arange(len(rows))
+    while len(left_B):
+        batch_b = bucket(left_B, lengths_B, sequences)
+        yield rows.take(batch_b)
+        left_B = left_B[len(batch_b) :]
+
+
+def _rows(texts: Path, chosen: list[tuple[int, int]]) -> tuple[pa.Table, list[tuple[int, int]]]:
+    """The corpus's rows at these places, longest first, and the places in that order."""
+    read = {i: corpus.read_shard(texts / "train" / shards.shard_name(i)) for i, _ in chosen}
+    rows = pa.concat_tables([read[i].slice(row, 1) for i, row in chosen]).combine_chunks()
+    order_B = longest_first(lengths(rows))
+    return rows.take(order_B), [chosen[place] for place in order_B]
+
+
+def _draws(rows: pa.Table) -> torch.Tensor:
+    """The sampler's number for every position of every row."""
+    pairs = zip(rows["sample_id"].to_pylist(), lengths(rows).tolist(), strict=True)
+    return torch.cat([draws_of([sample], length - 1) for sample, length in pairs])
+
+
+def _cached(
+    folder: Path, chosen: list[tuple[int, int]], manifest: dict[str, Any], temperature: float
+) -> Target:
+    read = {i: shards.read(folder / shards.shard_name(i), manifest, temperature) for i, _ in chosen}
+    return joined([read[i].part(row) for i, row in chosen])
