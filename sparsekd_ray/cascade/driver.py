@@ -24,7 +24,7 @@ from sparsekd_ray.cascade import console, stages
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config, Execution
 from sparsekd_ray.errors import SparseKDError
-from sparsekd_ray.runtime.tasks import Each, here, threads_for
+from sparsekd_ray.runtime.tasks import TaskMap, map_local, threads_for
 from sparsekd_ray.store import Ref, Store
 
 Say = Callable[[str], None]
@@ -50,22 +50,22 @@ def _run_stage(step: Step, parents: dict[str, Ref], store: Store, execution: Exe
     import torch
 
     torch.set_num_threads(execution.threads)
-    stages.run(step, parents, store, execution, spread(execution), lines)
+    stages.run(step, parents, store, execution, map_on_ray(execution), lines)
 
 
 @ray.remote
-def _piece(function: Callable[..., Any], arguments: tuple[Any, ...], pieces: int, threads: int) -> Any:
+def _task(function: Callable[..., Any], arguments: tuple[Any, ...], pieces: int, threads: int) -> Any:
     with threads_for(pieces, threads):
         return function(*arguments)
 
 
-def spread(execution: Execution) -> Each:
+def map_on_ray(execution: Execution) -> TaskMap:
     """A stage's pieces as Ray tasks: on a GPU each where the run has them, on a core each otherwise."""
 
     def each(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         cpus = 1 if len(pieces) > 1 else execution.threads
         resources = {"num_cpus": 0, "num_gpus": 1} if execution.gpus else {"num_cpus": cpus}
-        task = _piece.options(max_retries=execution.max_failures, **resources)
+        task = _task.options(max_retries=execution.max_failures, **resources)
         waiting = {
             task.remote(function, arguments, len(pieces), execution.threads): index
             for index, arguments in enumerate(pieces)
@@ -204,7 +204,7 @@ def _alone(step: Step, steps: list[Step], store: Store, config: Config, lines: L
     parents = {role: refs[name] for role, name in step.inputs.items()}
     before = torch.get_num_threads()
     torch.set_num_threads(config.execution.threads)
-    stages.run(step, parents, store, config.execution, here, lines)  # Ray's cores are this group's own
+    stages.run(step, parents, store, config.execution, map_local, lines)  # Ray's cores are this group's own
     torch.set_num_threads(before)
 
 

@@ -18,9 +18,9 @@ def check_cascade(config: Config, shapes: Shapes) -> None:
     check("cascade.rounds", shapes, config.prune, sizes)
     one_shot = PLAIN.model_copy(update={"align": config.prune.align})
     check("the rounds' one-shot control", shapes, one_shot, sizes)
-    for branch in config.cascade.beside:
+    for branch in config.cascade.baselines:
         settings = config.prune.model_copy(update={"method": branch.method})
-        check(f"cascade.beside {branch.title}", shapes, settings, [branch.sparsity])
+        check(f"cascade.baselines {branch.title}", shapes, settings, [branch.sparsity])
 
 
 def check(what: str, shapes: Shapes, settings: Prune, sparsities: Sequence[float]) -> None:

@@ -3,7 +3,7 @@
 [tokenizer → pretraining text →] dense → corpus → cache(dense) → controls: dense + KD, CE only, KL only
 round: [statistics →] prune(student so far) → distill(on the cache of the round's teacher) → evaluate → export
 one-shot: plain SVD of the dense model to each round's size, all matrices alike, untrained: the collapse
-beside: the dense model pruned once by another method → distill → evaluate → export
+baselines: the dense model pruned once by another method → distill → evaluate → export
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsekd_ray.cascade.steps import (
-    Book,
     Identify,
+    PlanBuilder,
     Step,
     cache,
     dense,
@@ -35,26 +35,26 @@ def plan(config: Config, identify: Identify, model_identity: Mapping[str, Any]) 
     `identify` tells what of a text source bears identity (its files' digests, a hub revision);
     `model_identity` does so for a dense model that is not trained here.
     """
-    book = Book(config)
-    dense(book, identify, model_identity)
-    cache(book, "dense")
+    builder = PlanBuilder(config)
+    dense(builder, identify, model_identity)
+    cache(builder, "dense")
     for round_ in config.cascade.rounds:
         name = f"one-shot {percent(round_.sparsity)}"
         settings = PLAIN.model_copy(update={"align": config.prune.align})
-        prune(book, name, round_.sparsity, "dense", settings)
-        evaluate(book, name)
+        prune(builder, name, round_.sparsity, "dense", settings)
+        evaluate(builder, name)
     for seed in config.cascade.seeds:
-        _controls(book, config, seed)
-        _rounds(book, config, seed)
-        _beside(book, config, seed)
-    return book.steps
+        _controls(builder, config, seed)
+        _rounds(builder, config, seed)
+        _baselines(builder, config, seed)
+    return builder.steps
 
 
-def _controls(book: Book, config: Config, seed: int) -> None:
+def _controls(builder: PlanBuilder, config: Config, seed: int) -> None:
     for control in config.cascade.controls:
         name = seeded(control, config, seed)
-        distill(book, name, _control_settings(control, config.distill), seed, "dense", "cache dense")
-        evaluate(book, name)
+        distill(builder, name, _control_settings(control, config.distill), seed, "dense", "cache dense")
+        evaluate(builder, name)
 
 
 def _control_settings(control: Control, settings: Distill) -> Distill:
@@ -63,7 +63,7 @@ def _control_settings(control: Control, settings: Distill) -> Distill:
     return settings.model_copy(update={"alpha": alpha})
 
 
-def _rounds(book: Book, config: Config, seed: int) -> None:
+def _rounds(builder: PlanBuilder, config: Config, seed: int) -> None:
     student = "dense"
     for number, round_ in enumerate(config.cascade.rounds, start=1):
         name = seeded(f"round {number}", config, seed)
@@ -71,22 +71,22 @@ def _rounds(book: Book, config: Config, seed: int) -> None:
             round_.teacher
         ]
         settings = config.distill.model_copy(update={"lr": round_.lr or config.distill.lr})
-        _student(book, name, round_.sparsity, student, teacher, config.prune, settings, seed)
+        _student(builder, name, round_.sparsity, student, teacher, config.prune, settings, seed)
         student = name
 
 
-def _beside(book: Book, config: Config, seed: int) -> None:
-    for branch in config.cascade.beside:
+def _baselines(builder: PlanBuilder, config: Config, seed: int) -> None:
+    for branch in config.cascade.baselines:
         teacher = seeded("dense+kd", config, seed) if branch.teacher == "dense+kd" else "dense"
         pruning = config.prune.model_copy(update={"method": branch.method, "allocation": branch.allocation})
         changed = {key: value for key in ("lr", "epochs") if (value := getattr(branch, key)) is not None}
         settings = config.distill.model_copy(update=changed)
         name = seeded(branch.title, config, seed)
-        _student(book, name, branch.sparsity, "dense", teacher, pruning, settings, seed)
+        _student(builder, name, branch.sparsity, "dense", teacher, pruning, settings, seed)
 
 
 def _student(
-    book: Book,
+    builder: PlanBuilder,
     name: str,
     sparsity: float,
     source: str,
@@ -96,9 +96,9 @@ def _student(
     seed: int,
 ) -> None:
     """Prune, distill, judge before and after, export."""
-    prune(book, f"{name} pruned", sparsity, source, pruning)
-    evaluate(book, f"{name} pruned")
-    cache(book, teacher)
-    distill(book, name, settings, seed, f"{name} pruned", f"cache {teacher}")
-    evaluate(book, name)
-    export(book, name, sparsity, pruning.method)
+    prune(builder, f"{name} pruned", sparsity, source, pruning)
+    evaluate(builder, f"{name} pruned")
+    cache(builder, teacher)
+    distill(builder, name, settings, seed, f"{name} pruned", f"cache {teacher}")
+    evaluate(builder, name)
+    export(builder, name, sparsity, pruning.method)

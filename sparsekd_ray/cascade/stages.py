@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Execution
-from sparsekd_ray.runtime.tasks import Each
+from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.store.checkpoints import Kept
+from sparsekd_ray.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from sparsekd_ray.prune.task import Task
@@ -26,7 +26,7 @@ IN_PIECES = ("statistics", "prune")  # kinds of step whose work is in independen
 
 
 def run(
-    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: Each, say: Say
+    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: TaskMap, say: Say
 ) -> None:
     """Makes the artifact of `step`; `parents` maps its roles to the artifacts they name; `each` runs its pieces."""
     started = time.monotonic()
@@ -63,14 +63,14 @@ def _stage(
         case "dense" if "texts" in inputs:
             from sparsekd_ray.standin import pretrain
 
-            kept = Kept(store, step.ref)
+            kept = Checkpoints(store, step.ref)
             return pretrain.pretrain(
                 step.settings, inputs["texts"], out, seed=step.seed, checkpoints=kept, say=say
             )
         case "dense":
             from sparsekd_ray.model import hub
 
-            return hub.adopt(step.settings, out, say)
+            return hub.import_model(step.settings, out, say)
         case "evaluate":
             return _evaluate(step, inputs, out, gpu, say)
         case "export":
@@ -81,7 +81,7 @@ def _stage(
 
 
 def _in_pieces(
-    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: Each, say: Say
+    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: TaskMap, say: Say
 ) -> dict[str, Any]:
     run: dict[str, Any] = {"store": store, "gpu": execution.gpus, "each": each, "say": say}
     if step.kind == "statistics":

@@ -1,4 +1,4 @@
-"""The parts of a plan: steps, and the functions that add the usual ones to a book of them.
+"""The parts of a plan: steps, and the functions that add the usual ones to a plan.
 
 A step's fingerprint is a digest of what bears on its numbers: its own settings and its inputs' fingerprints. Nothing
 of `execution` enters it, so another store, another number of GPUs or a second machine finds the same artifacts.
@@ -57,7 +57,7 @@ LOW_RANK = ("svd", "svd-whitened")
 Identify = Callable[[Source], dict[str, Any]]
 
 
-class Book:
+class PlanBuilder:
     """Steps in order of addition; a step with a fingerprint already there is the same step under its first name."""
 
     def __init__(self, config: Config) -> None:
@@ -104,21 +104,21 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
 
-def dense(book: Book, identify: Identify, model_identity: Mapping[str, Any]) -> None:
+def dense(builder: PlanBuilder, identify: Identify, model_identity: Mapping[str, Any]) -> None:
     """The steps up to the dense model, the corpus and the dense model's figures."""
-    config = book.config
+    config = builder.config
     if config.model.standin is None:
         label = str(config.model.path).rstrip("/").split("/")[-1][:48]
-        book.add("dense", "dense", label, dict(model_identity), {}, config.model)
-        _corpus(book, identify, "dense")
+        builder.add("dense", "dense", label, dict(model_identity), {}, config.model)
+        _corpus(builder, identify, "dense")
     else:
-        _standin(book, config, config.model.standin, identify)
-    evaluate(book, "dense")
+        _standin(builder, config, config.model.standin, identify)
+    evaluate(builder, "dense")
 
 
-def _corpus(book: Book, identify: Identify, tokenizer: str) -> None:
-    config = book.config
-    book.add(
+def _corpus(builder: PlanBuilder, identify: Identify, tokenizer: str) -> None:
+    config = builder.config
+    builder.add(
         "corpus",
         "corpus",
         "-".join(source.name for source in config.corpus.sources)[:48],
@@ -129,7 +129,7 @@ def _corpus(book: Book, identify: Identify, tokenizer: str) -> None:
     )
 
 
-def _standin(book: Book, config: Config, standin: Standin, identify: Identify) -> None:
+def _standin(builder: PlanBuilder, config: Config, standin: Standin, identify: Identify) -> None:
     """The calibration text comes before the training, so that a source that is too small is found before the work."""
     sources = standin.sources or tuple(s for s in config.corpus.sources if s.name not in standin.unseen)
     texts = config.corpus.model_copy(
@@ -140,7 +140,7 @@ def _standin(book: Book, config: Config, standin: Standin, identify: Identify) -
             "test_samples": 32,
         }
     )
-    book.add(
+    builder.add(
         "tokenizer",
         "tokenizer",
         f"bpe-{standin.vocab}",
@@ -149,8 +149,8 @@ def _standin(book: Book, config: Config, standin: Standin, identify: Identify) -
         (texts, standin),
         config.seed,
     )
-    _corpus(book, identify, "tokenizer")
-    book.add(
+    _corpus(builder, identify, "tokenizer")
+    builder.add(
         "pretraining text",
         "corpus",
         "-".join(source.name for source in sources)[:48],
@@ -159,7 +159,7 @@ def _standin(book: Book, config: Config, standin: Standin, identify: Identify) -
         texts,
         config.seed,
     )
-    book.add(
+    builder.add(
         "dense",
         "dense",
         f"standin-{standin.hidden}x{standin.layers}",
@@ -171,10 +171,10 @@ def _standin(book: Book, config: Config, standin: Standin, identify: Identify) -
 
 
 def prune(
-    book: Book, name: str, sparsity: float, source: str, settings: Prune, seed: int | None = None
+    builder: PlanBuilder, name: str, sparsity: float, source: str, settings: Prune, seed: int | None = None
 ) -> None:
     """A pruned model, and before it the statistics or the cache that its method needs; `seed`: of the calibration."""
-    calibrate = book.config.calibrate
+    calibrate = builder.config.calibrate
     if seed is not None:
         calibrate = calibrate.model_copy(update={"seed": seed})
     # the fields that do not bear on the method are as if never set
@@ -182,7 +182,7 @@ def prune(
         method=settings.method, **settings.model_dump(include=set(PRUNE_FIELDS[settings.method]))
     )
     if settings.method == "sdm":
-        _check_temperature(settings, book.config)
+        _check_temperature(settings, builder.config)
     inputs = {"model": source, "dense": "dense"}
     identity = _plain(settings, *(set(Prune.model_fields) - {"method", *PRUNE_FIELDS[settings.method]}))
     identity |= {"sparsity": sparsity}
@@ -190,7 +190,7 @@ def prune(
     if settings.method in ("svd-whitened", "neurons", "sdm", "depth") or optimal:
         title = f"statistics {source}" if seed is None else f"statistics {source} · draw {seed}"
         inputs["statistics"] = title
-        book.add(
+        builder.add(
             title,
             "statistics",
             f"{calibrate.samples}-sequences",
@@ -202,10 +202,10 @@ def prune(
         identity |= {"calibrate": _plain(calibrate)}
         inputs["texts"] = "corpus"
     if settings.method == "sdm":
-        inputs["cache"] = cache(book, "dense")
+        inputs["cache"] = cache(builder, "dense")
     label = f"{settings.method}-{settings.allocation}" if settings.method in LOW_RANK else settings.method
     label = f"{label}-{percent(sparsity).rstrip('%')}"
-    book.add(name, "prune", label, identity, inputs, (sparsity, settings, calibrate))
+    builder.add(name, "prune", label, identity, inputs, (sparsity, settings, calibrate))
 
 
 def _check_temperature(settings: Prune, config: Config) -> None:
@@ -218,18 +218,18 @@ def _check_temperature(settings: Prune, config: Config) -> None:
         )
 
 
-def cache(book: Book, teacher: str) -> str:
+def cache(builder: PlanBuilder, teacher: str) -> str:
     """What `teacher` says of the corpus; the step's name."""
-    settings = book.config.teacher
+    settings = builder.config.teacher
     sampled = f"sampled{settings.bytes_per_token:g}"
     label = f"top{settings.k}" if settings.signal == "topk" else sampled
     inputs = {"teacher": teacher, "texts": "corpus"}
-    book.add(f"cache {teacher}", "cache", label, _plain(settings), inputs, settings)
+    builder.add(f"cache {teacher}", "cache", label, _plain(settings), inputs, settings)
     return f"cache {teacher}"
 
 
-def distill(book: Book, name: str, settings: Distill, seed: int, student: str, signal: str) -> None:
-    book.add(
+def distill(builder: PlanBuilder, name: str, settings: Distill, seed: int, student: str, signal: str) -> None:
+    builder.add(
         name,
         "distill",
         f"a{settings.alpha:g}-lr{settings.lr:g}-s{seed}",
@@ -240,16 +240,16 @@ def distill(book: Book, name: str, settings: Distill, seed: int, student: str, s
     )
 
 
-def evaluate(book: Book, model: str) -> None:
-    settings, inputs = book.config.evaluate, {"model": model, "texts": "corpus"}
-    book.add(f"evaluate {model}", "evaluate", "ppl", _plain(settings), inputs, settings)
+def evaluate(builder: PlanBuilder, model: str) -> None:
+    settings, inputs = builder.config.evaluate, {"model": model, "texts": "corpus"}
+    builder.add(f"evaluate {model}", "evaluate", "ppl", _plain(settings), inputs, settings)
 
 
-def export(book: Book, model: str, sparsity: float, method: str) -> None:
+def export(builder: PlanBuilder, model: str, sparsity: float, method: str) -> None:
     """The directories that stock tools load."""
     inputs = {"model": model, "figures": f"evaluate {model}", "dense": "evaluate dense"}
     label = f"student-minus-{percent(sparsity).rstrip('%')}"
-    book.add(f"export {model}", "export", label, {"sparsity": sparsity, "method": method}, inputs)
+    builder.add(f"export {model}", "export", label, {"sparsity": sparsity, "method": method}, inputs)
 
 
 def _corpus_identity(texts: Corpus, identify: Identify, seed: int) -> dict[str, Any]:

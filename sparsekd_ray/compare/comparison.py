@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any, get_args
 
 from sparsekd_ray.cascade import steps
-from sparsekd_ray.cascade.steps import Book, Identify, Step
+from sparsekd_ray.cascade.steps import Identify, PlanBuilder, Step
 from sparsekd_ray.config import Allocation, Config, Method, Prune
 from sparsekd_ray.errors import ConfigError
 
@@ -72,23 +72,25 @@ def plan(
     """Every method at every sparsity and calibration draw; with `distilled`, the first draw of each trained too.
 
     The steps, and by every name the step that stands for it: what no draw changes is made once."""
-    book = Book(config)
-    steps.dense(book, identify, model_identity)
+    builder = PlanBuilder(config)
+    steps.dense(builder, identify, model_identity)
     every = [(text, sparsity, draw) for sparsity in sparsities for text in methods for draw in draws]
     for text, sparsity, draw in every:
         name = title(text, sparsity, draw)
-        steps.prune(book, name, sparsity, "dense", variant(text, config.prune), config.calibrate.seed + draw)
-        steps.evaluate(book, name)
+        steps.prune(
+            builder, name, sparsity, "dense", variant(text, config.prune), config.calibrate.seed + draw
+        )
+        steps.evaluate(builder, name)
     for text, sparsity, draw in every:
         if distilled and draw == draws[0]:
             name, signal, seed = (
                 title(text, sparsity, draw),
-                steps.cache(book, "dense"),
+                steps.cache(builder, "dense"),
                 config.cascade.seeds[0],
             )
-            steps.distill(book, f"{name} distilled", config.distill, seed, name, signal)
-            steps.evaluate(book, f"{name} distilled")
-    return book.steps, book.names
+            steps.distill(builder, f"{name} distilled", config.distill, seed, name, signal)
+            steps.evaluate(builder, f"{name} distilled")
+    return builder.steps, builder.names
 
 
 def title(text: str, sparsity: float, draw: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsekd_ray import corpus
 from sparsekd_ray.cascade import console, feasibility, job, steps
-from sparsekd_ray.cascade.steps import Book, Step
+from sparsekd_ray.cascade.steps import PlanBuilder, Step
 from sparsekd_ray.compare import comparison
 from sparsekd_ray.config import Config
 from sparsekd_ray.errors import ConfigError
@@ -40,7 +40,9 @@ def run(config: Config, sparsity: float, dry_run: bool, say: Say, table: Callabl
 
     task = _task(settings, planned, store, config.execution.gpus)
     with driver.connected(config.execution, say):
-        rows = preview.table(task, driver.spread(config.execution), lambda text: say(console.inside(text)))
+        rows = preview.table(
+            task, driver.map_on_ray(config.execution), lambda text: say(console.inside(text))
+        )
     table([*rows, preview.total(rows)])
 
 
@@ -61,7 +63,7 @@ def sparsity_of_energy(config: Config, tau: float, say: Say) -> float:
     )
     with driver.connected(config.execution, say):
         found = sparsity_at(
-            task, tau, driver.spread(config.execution), lambda text: say(console.inside(text))
+            task, tau, driver.map_on_ray(config.execution), lambda text: say(console.inside(text))
         )
     say(f"energy {tau:g} stands for a sparsity of {found:.4f}")
     if found <= 0:
@@ -132,12 +134,12 @@ def make(config: Config, planned: list[Step], store: Store, say: Say) -> dict[st
 def _plan_one(config: Config, sparsity: float) -> list[Step]:
     feasibility.check(f"--sparsity {sparsity:g}", hub.mlp_shapes(config.model), config.prune, [sparsity])
     job.check_vocabulary(config)
-    book = Book(config)
-    steps.dense(book, corpus.identify, {} if config.model.standin else hub.identify(config.model))
-    steps.prune(book, PRUNED, sparsity, "dense", config.prune)
-    steps.evaluate(book, PRUNED)
-    steps.export(book, PRUNED, sparsity, config.prune.method)
-    return book.steps
+    builder = PlanBuilder(config)
+    steps.dense(builder, corpus.identify, {} if config.model.standin else hub.identify(config.model))
+    steps.prune(builder, PRUNED, sparsity, "dense", config.prune)
+    steps.evaluate(builder, PRUNED)
+    steps.export(builder, PRUNED, sparsity, config.prune.method)
+    return builder.steps
 
 
 def _task(step: Step, planned: list[Step], store: Store, gpu: bool) -> Any:

@@ -8,14 +8,14 @@ written here; dotted options on the command line come last: defaults < YAML < `-
 from sparsekd_ray.config.base import Allocation, Control, Method, Settings
 from sparsekd_ray.config.execution import Card, Execution
 from sparsekd_ray.config.file import explain, load, parse
-from sparsekd_ray.config.method import Beside, Calibrate, Cascade, Distill, Evaluate, Prune, Round, Teacher
+from sparsekd_ray.config.method import Baseline, Calibrate, Cascade, Distill, Evaluate, Prune, Round, Teacher
 from sparsekd_ray.config.model import Model, Shape, Standin
 from sparsekd_ray.config.text import Corpus, Source
 from sparsekd_ray.config.tree import Config
 
 __all__ = [
     "Allocation",
-    "Beside",
+    "Baseline",
     "Calibrate",
     "Card",
     "Cascade",

@@ -103,7 +103,7 @@ class Round(Settings):
     """Learning rate of this round, where it differs from `distill.lr`."""
 
 
-class Beside(Settings):
+class Baseline(Settings):
     """A student by another method, to stand beside the rounds: the dense model pruned once and distilled once."""
 
     method: Method
@@ -122,7 +122,7 @@ class Beside(Settings):
 
 class Cascade(Settings):
     rounds: tuple[Round, ...] = (Round(sparsity=0.15), Round(sparsity=0.35), Round(sparsity=0.65))
-    beside: tuple[Beside, ...] = ()
+    baselines: tuple[Baseline, ...] = ()
     """Students by other methods, for comparison."""
     controls: tuple[Control, ...] = ("dense+kd", "ce-only", "kl-only")
     """Trained from the unpruned model with the same data, steps and learning rate, to tell where a gain comes from."""
@@ -134,12 +134,12 @@ class Cascade(Settings):
         sizes = [r.sparsity for r in self.rounds]
         if sizes != sorted(set(sizes)):
             raise ValueError(f"cascade.rounds must remove more and more, found sparsities {sizes}")
-        teachers = {r.teacher for r in self.rounds} | {branch.teacher for branch in self.beside}
+        teachers = {r.teacher for r in self.rounds} | {branch.teacher for branch in self.baselines}
         if "dense+kd" in teachers and "dense+kd" not in self.controls:
             raise ValueError("a student has the teacher dense+kd: keep dense+kd in cascade.controls")
-        titles = [branch.title for branch in self.beside]
+        titles = [branch.title for branch in self.baselines]
         if len(set(titles)) != len(titles):
-            raise ValueError(f"cascade.beside repeats a method at one sparsity: {titles}")
+            raise ValueError(f"cascade.baselines repeats a method at one sparsity: {titles}")
         return self
 
 

@@ -34,7 +34,7 @@ class Config(Settings):
                 f"distill.temperature is {self.distill.temperature}, but the cache will hold only {stored}: add it to "
                 "teacher.temperatures"
             )
-        methods = {self.prune.method, *(branch.method for branch in self.cascade.beside)}
+        methods = {self.prune.method, *(branch.method for branch in self.cascade.baselines)}
         if "sdm" in methods and self.prune.temperature not in stored:
             raise ValueError(
                 f"sdm reads the teacher at prune.temperature {self.prune.temperature}, but the cache will hold only "

@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from sparsekd_ray.config import Corpus, Source
 from sparsekd_ray.corpus.shards import MANIFEST, domain_table, tokenizer_hash, write_shards
-from sparsekd_ray.corpus.sources import documents, elsewhere
-from sparsekd_ray.corpus.splits import SPLITS, digest, quotas, sided
+from sparsekd_ray.corpus.sources import documents, test_source
+from sparsekd_ray.corpus.splits import SPLITS, digest, quotas, with_split
 from sparsekd_ray.errors import CorpusError, ModelError
 
 PASSAGE = 0.25  # of a held-out split's rows, from one document
@@ -105,7 +105,7 @@ def _pack(
     source: Source, quota: dict[str, int], encode: Encode, corpus: Corpus, seed: int, say: Say
 ) -> dict[str, Packer]:
     """Reads one source until every split has its rows, or the source ends."""
-    others = elsewhere(source)
+    others = test_source(source)
     whole = {"train", "test"} if others else {"train"}
     packers = {split: _packer(rows, corpus.seq_len, split in whole) for split, rows in quota.items()}
     test, train = packers["test"], packers["train"]
@@ -114,9 +114,9 @@ def _pack(
         seen: list[bytes] = []
         _fill({"test": test}, _noted(documents(others, None), seen), encode, tell)
         here, tests = {"train": train, "valid": packers["valid"]}, frozenset(seen[: test.documents])
-    _fill(here, sided(source, seed, corpus.held_out, tests), encode, tell)
+    _fill(here, with_split(source, seed, corpus.held_out, tests), encode, tell)
     while source.repeat and train.count and not train.full:
-        _fill({"train": train}, sided(source, seed, corpus.held_out, tests), encode, tell)
+        _fill({"train": train}, with_split(source, seed, corpus.held_out, tests), encode, tell)
     _check(source, packers)
     return packers
 

@@ -38,7 +38,7 @@ def documents(source: Source, seed: int | None) -> Iterator[str]:
     return _shuffled((text for text in found if text and not text.isspace()), seed)
 
 
-def elsewhere(source: Source) -> Source | None:
+def test_source(source: Source) -> Source | None:
     """The source of held-out documents that `source.test` names; None where they come from `path` itself."""
     if source.test is None:
         return None
@@ -54,7 +54,7 @@ def identify(source: Source) -> dict[str, Any]:
     sets with id and revision (no network needed), embedded text with the version of Python. `CorpusError`
     where nothing matches.
     """
-    held_out = elsewhere(source)
+    held_out = test_source(source)
     settings = source.model_dump(include={"name", "weight", "text", "repeat"})
     return settings | {"content": _content(source), "test": _content(held_out) if held_out else None}
 

@@ -22,7 +22,7 @@ def side(text: str, held_out: float) -> str:
     return "test" if place < held_out / 2 else "valid" if place < held_out else "train"
 
 
-def sided(
+def with_split(
     source: Source, seed: int, held_out: float, tests: frozenset[bytes] = frozenset()
 ) -> Iterator[tuple[str, str]]:
     """(split, document) for the documents of `source.path`.
@@ -86,4 +86,4 @@ def digest(text: str) -> bytes:
 
 
 def _train_side(source: Source, seed: int, held_out: float) -> Iterator[str]:
-    return (text for split, text in sided(source, seed, held_out) if split == "train")
+    return (text for split, text in with_split(source, seed, held_out) if split == "train")

@@ -35,7 +35,7 @@ from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, window_star
 from sparsekd_ray.model import loading, masks, saving
 from sparsekd_ray.runtime import collectives
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.store.checkpoints import Kept, tag
+from sparsekd_ray.store.checkpoints import Checkpoints, tag
 from sparsekd_ray.teacher import payload, shards
 from sparsekd_ray.teacher.signal import Target
 
@@ -107,13 +107,13 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     model = loading.load(source)
     _check(reader.manifest, model.config.vocab_size, corpus.read_manifest(texts), job)
     _freeze(model, settings)
-    zeros = masks.hold(model)
+    zeros = masks.freeze_zeros(model)
     if execution.recompute:
         model.activation_checkpointing_enable()
     steps = schedule.total_steps(reader.samples, settings.batch, settings.epochs)
     sizes = schedule.micro_batches(settings.batch, world, execution.micro_batch)
     engine = _engine(Student(model, settings), settings, execution, len(sizes[0]))
-    kept = Kept(store, job.out)
+    kept = Checkpoints(store, job.out)
     progress, best = _resume(job, engine, kept, say) or (Progress(0, world, 0, []), {})
 
     def over() -> bool:
@@ -152,7 +152,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     if rank == 0:
         for name, parameter in model.named_parameters():
             parameter.data.copy_(best[name])
-        if lost := masks.violations(model, zeros):
+        if lost := masks.changed_zeros(model, zeros):
             raise ModelError(
                 f"{job.title}: training moved masked weights off zero, {lost}; nothing was committed"
             )
@@ -244,7 +244,7 @@ def _validate(model: Any, streams: dict[str, Any], seq_len: int) -> dict[str, An
     return {"valid_ppl": perplexity(parts), "valid_domains": domains}
 
 
-def _save(engine: Any, kept: Kept, progress: Progress, best: dict[str, torch.Tensor]) -> None:
+def _save(engine: Any, kept: Checkpoints, progress: Progress, best: dict[str, torch.Tensor]) -> None:
     """Publishes a checkpoint, each worker its own part, and drops the one before it."""
     rank, _ = collectives.rank_and_world()
     folder = kept.folder() / tag(progress.step)
@@ -262,10 +262,12 @@ def _save(engine: Any, kept: Kept, progress: Progress, best: dict[str, torch.Ten
     kept.forget(before=progress.step)
 
 
-def _resume(job: Job, engine: Any, kept: Kept, say: Say) -> tuple[Progress, dict[str, torch.Tensor]] | None:
+def _resume(
+    job: Job, engine: Any, kept: Checkpoints, say: Say
+) -> tuple[Progress, dict[str, torch.Tensor]] | None:
     """Loads the newest complete checkpoint into the engine; None where there is none to continue from."""
     rank, world = collectives.rank_and_world()
-    newest = collectives.agree(kept.newest())
+    newest = collectives.broadcast(kept.newest())
     if newest is None:
         if rank == 0:
             kept.discard_all()  # parts of one that was never completed

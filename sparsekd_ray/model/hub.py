@@ -66,7 +66,7 @@ def config_of(shape: Shape) -> dict[str, Any]:
     }
 
 
-def adopt(model: Model, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def import_model(model: Model, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Copies the dense model into the store's directory `out`, so that every node reads the same bytes."""
     source = loading.resolve_dense(str(model.path), model.revision)
     values = loading.config_dict(source)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from sparsekd_ray.model.mlp import layer_count, mlp_weights
 
 
-def hold(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def freeze_zeros(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """From now on, the MLP weights that are zero get no gradient, so that AdamW leaves them exactly zero.
 
     Without a gradient there is no momentum, and the decay of zero is zero. The hooks sit on the parameters
@@ -36,7 +36,7 @@ def _zeroing(zeros: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tenso
     return zeroed
 
 
-def violations(model: PreTrainedModel, zeros: dict[str, torch.Tensor]) -> dict[str, int]:
+def changed_zeros(model: PreTrainedModel, zeros: dict[str, torch.Tensor]) -> dict[str, int]:
     """How many weights that `hold` found zero are not zero now, by module name; empty if the masks were held."""
     counts = {}
     for name, zeros_mn in zeros.items():

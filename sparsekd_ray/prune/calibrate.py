@@ -29,7 +29,7 @@ from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelE
 from sparsekd_ray.model import loading
 from sparsekd_ray.model.mlp import require_finite
 from sparsekd_ray.prune import statistics
-from sparsekd_ray.runtime.tasks import Each
+from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher.forward import tokens
 
@@ -48,7 +48,7 @@ def calibrate(
     groups: int,
     store: Store,
     gpu: bool,
-    each: Each,
+    each: TaskMap,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Fills `out`'s working directory with statistics of `model` on training rows of `texts`; returns the metrics.

@@ -25,7 +25,7 @@ from sparsekd_ray.model import loading, low_rank
 from sparsekd_ray.model.cost import aligned_ranks, parameters
 from sparsekd_ray.prune import allocate, gauge, svd
 from sparsekd_ray.prune.task import Task, Tensors, naming, tensors_below
-from sparsekd_ray.runtime.tasks import Each
+from sparsekd_ray.runtime.tasks import TaskMap
 
 Shapes = dict[str, tuple[int, int]]
 Say = Callable[[str], None]
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     loss: dict[str, float] | None
 
 
-def plan(task: Task, each: Each, say: Say) -> Plan:
+def plan(task: Task, each: TaskMap, say: Say) -> Plan:
     """Ranks of all matrices under the budget, which is checked before the first spectrum."""
     folder = task.folder()
     shapes = loading.shapes_from_config(folder)
@@ -95,7 +95,7 @@ def _present(task: Task, name: str, shape: tuple[int, int]) -> int:
     return loading.mlp_ranks(task.folder()).get(name, min(shape))
 
 
-def student(task: Task, each: Each, say: Say) -> tuple[Any, dict[str, Any]]:
+def student(task: Task, each: TaskMap, say: Say) -> tuple[Any, dict[str, Any]]:
     """The low-rank model, and its ranks and predicted loss."""
     planned, model = plan(task, each, say), task.load()
     held, gauged = loading.mlp_ranks(model), task.settings.storage == "gauge"
@@ -119,7 +119,7 @@ def student(task: Task, each: Each, say: Say) -> tuple[Any, dict[str, Any]]:
     return cut, {"ranks": planned.ranks, "predicted_loss": planned.loss and sum(planned.loss.values())}
 
 
-def sparsity_at(task: Task, tau: float, each: Each, say: Say) -> float:
+def sparsity_at(task: Task, tau: float, each: TaskMap, say: Say) -> float:
     """The share of the dense model's MLP parameters that goes where every matrix keeps the smallest rank with `tau` of
     its energy, and stays as it is where that saves nothing (SparseKD's rule before there is a budget)."""
     shapes, left = loading.shapes_from_config(task.folder()), 0

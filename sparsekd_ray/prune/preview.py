@@ -10,12 +10,12 @@ from sparsekd_ray.model.cost import parameters
 from sparsekd_ray.prune import low_rank, structured
 from sparsekd_ray.prune.run import check_form
 from sparsekd_ray.prune.task import Task
-from sparsekd_ray.runtime.tasks import Each
+from sparsekd_ray.runtime.tasks import TaskMap
 
 Row = dict[str, Any]
 
 
-def table(task: Task, each: Each, say: Callable[[str], None]) -> list[Row]:
+def table(task: Task, each: TaskMap, say: Callable[[str], None]) -> list[Row]:
     """A row per matrix or layer: its name, what it becomes, its parameters then and now, and the predicted loss in nat
     per token where statistics predict one. Raises what the pruning itself would."""
     check_form(task)

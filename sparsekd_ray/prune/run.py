@@ -19,7 +19,7 @@ from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import loading, saving
 from sparsekd_ray.prune import low_rank, structured
 from sparsekd_ray.prune.task import Task
-from sparsekd_ray.runtime.tasks import Each
+from sparsekd_ray.runtime.tasks import TaskMap
 
 Say = Callable[[str], None]
 
@@ -34,7 +34,7 @@ CARDS = {
 }
 
 
-def prune(task: Task, each: Each, say: Say) -> dict[str, Any]:
+def prune(task: Task, each: TaskMap, say: Say) -> dict[str, Any]:
     """Fills `task.out`'s working directory with the pruned model; returns counts on disk, method and seconds.
 
     Raises ConfigError if the budget cannot be met, ModelError if the model is not supported, holds a value that is

@@ -16,7 +16,7 @@ from sparsekd_ray.model import loading
 from sparsekd_ray.model.mlp import MLP, layer_count, mlp_weights, view, with_width, without_layers
 from sparsekd_ray.prune import calibrate, depth, masks, neurons, sdm
 from sparsekd_ray.prune.task import Task, Tensors, tensors_below
-from sparsekd_ray.runtime.tasks import Each
+from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.teacher import payload
 from sparsekd_ray.teacher.forward import tokens
 from sparsekd_ray.teacher.signal import Target
@@ -26,12 +26,12 @@ Made = tuple[Any, dict[str, Any]]  # a model, and facts about it
 MASKED, IMPORTANT = "masked", "important"
 
 
-def by_activations(task: Task, each: Each, say: Say) -> Made:
+def by_activations(task: Task, each: TaskMap, say: Say) -> Made:
     """The neurons missed least removed from every layer, the others refitted to do their work."""
     return _narrower(task, width_of(task), None, each, say)
 
 
-def by_gradients(task: Task, each: Each, say: Say) -> Made:
+def by_gradients(task: Task, each: TaskMap, say: Say) -> Made:
     """Neurons of least SDMPrune importance removed; the others refitted, which the paper does not do."""
     width = width_of(task)
     say(f"gradients of {task.calibrate.samples} sequences, twice")
@@ -39,7 +39,7 @@ def by_gradients(task: Task, each: Each, say: Say) -> Made:
     return _narrower(task, width, kept, each, say)
 
 
-def shallower(task: Task, each: Each, say: Say) -> Made:
+def shallower(task: Task, each: TaskMap, say: Say) -> Made:
     """Whole layers removed, by the angles or the influence that were measured."""
     model, dropped = task.load(), layers_to_drop(task)
     say(f"drops layers {', '.join(map(str, dropped))} of {layer_count(model)}")
@@ -55,7 +55,7 @@ def layers_to_drop(task: Task) -> list[int]:
     return depth.influence(found["influence"], number)
 
 
-def masked(task: Task, each: Each, say: Say) -> Made:
+def masked(task: Task, each: TaskMap, say: Say) -> Made:
     """The same shapes with zeros in them."""
     say(f"{task.settings.method} masks of every MLP matrix")
     for _ in each(zeroed, [(task,)]):
@@ -122,7 +122,7 @@ def important(task: Task, width: int) -> list[list[int]]:
     return [kept_K.tolist() for kept_K in kept]
 
 
-def _narrower(task: Task, width: int, kept: list[list[int]] | None, each: Each, say: Say) -> Made:
+def _narrower(task: Task, width: int, kept: list[list[int]] | None, each: TaskMap, say: Say) -> Made:
     layers = loading.config_dict(task.folder())["num_hidden_layers"]
     pieces = [(task, layer, width, kept and kept[layer]) for layer in range(layers)]
     for done, _ in enumerate(each(narrow, pieces), 1):

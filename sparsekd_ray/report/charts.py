@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 INK, MUTED, GRID = "#0000f0", "#0000f1", "#0000f2"
 SERIES = tuple(f"#0000a{i}" for i in range(8))
 CSS_NAMES = {"f0": "ink", "f1": "muted", "f2": "line"} | {f"a{i}": f"s{i}" for i in range(8)}
-BESIDE = SERIES[5]  # after the controls' colours
+BASELINE = SERIES[5]  # after the controls' colours
 MARKERS, GLYPHS = "os^DvPX*", "●■▲◆▼✚✖★"
 STYLE = {
     **{"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 10.5, "text.parse_math": False},
@@ -138,7 +138,7 @@ def size_chart(rows: Sequence[Row], collapse: bool) -> Markup:
     from matplotlib.ticker import MaxNLocator
 
     dense, rounds = rows[0], [row for row in rows if row["kind"] == "round"]
-    others = [row for row in rows if row["kind"] == "beside"]
+    others = [row for row in rows if row["kind"] == "baseline"]
     lines = [dense] if collapse else [dense, *(row for row in rows if row["kind"] == "control")]
     looks = {"ppl": (SERIES[0], "o-"), "pre_ppl": (SERIES[1], "o:"), "oneshot_ppl": (SERIES[4], "X--")}
     keys = list(looks) if collapse else ["ppl"]
@@ -178,13 +178,13 @@ def size_chart(rows: Sequence[Row], collapse: bool) -> Markup:
 def _diamonds(axes: "Axes", row: Row, collapse: bool) -> None:
     """A student beside the rounds: hollow just after pruning, full and with its spread after distillation."""
     x, y = row["params"], finite(row["ppl"])
-    axes.plot(x, y, "D", color=BESIDE, ms=6.5)
+    axes.plot(x, y, "D", color=BASELINE, ms=6.5)
     if collapse:
-        axes.plot(x, finite(row["pre_ppl"]), "D", color=BESIDE, mfc="none", ms=6.5)
+        axes.plot(x, finite(row["pre_ppl"]), "D", color=BASELINE, mfc="none", ms=6.5)
         return
     axes.annotate(short(row["stage"]), (x, y), (6, -13), textcoords="offset points")
     if row["std"]:
-        axes.errorbar(x, y, row["std"], color=BESIDE, capsize=4)
+        axes.errorbar(x, y, row["std"], color=BASELINE, capsize=4)
 
 
 def recovery_chart(stage: str, curves: Sequence[Row], dense: float | None) -> Markup:

@@ -41,12 +41,12 @@ def of_kind(summary: Row, kind: str) -> list[Row]:
 
 def students(summary: Row) -> list[Row]:
     """What was pruned and distilled: the rounds, then the students of other methods beside them."""
-    return of_kind(summary, "round") + of_kind(summary, "beside")
+    return of_kind(summary, "round") + of_kind(summary, "baseline")
 
 
 def sized(row: Row) -> str:
     """A student's name with its sparsity, which the name of one beside the rounds states already."""
-    return row["stage"] if row["kind"] == "beside" else f"{row['stage']} ({percent(row['sparsity'], 0)})"
+    return row["stage"] if row["kind"] == "baseline" else f"{row['stage']} ({percent(row['sparsity'], 0)})"
 
 
 Check = tuple[str, bool | None, str]  # figure, whether it is as expected (None: not measured), sentence
@@ -100,7 +100,7 @@ def _parity(dense: Row, rounds: Sequence[Row]) -> Check:
 
 def findings(summary: Row) -> list[str]:
     """What the figures say, in sentences. An expectation that does not hold is said plainly."""
-    parts = (_sizes, _order, _controls, _unmoved, _attribution, _students, _beside, _drift, _spread)
+    parts = (_sizes, _order, _controls, _unmoved, _attribution, _students, _baselines, _drift, _spread)
     sentences = [check["finding"] for check in expectations(summary)]
     return sentences + [sentence for part in parts for sentence in part(summary)]
 
@@ -221,9 +221,9 @@ def _students(summary: Row) -> Iterator[str]:
         yield f"That is not at equal compute: cumulatively, {longer} {amount}."
 
 
-def _beside(summary: Row) -> Iterator[str]:
+def _baselines(summary: Row) -> Iterator[str]:
     """Each student of another method against the rounds that removed about as much."""
-    for row in of_kind(summary, "beside"):
+    for row in of_kind(summary, "baseline"):
         rounds = [r for r in of_kind(summary, "round") if abs(r["sparsity"] - row["sparsity"]) <= NEAR]
         each = [f"against {_against(row, round_)}" for round_ in rounds]
         alone = f"no round has about its sparsity, {percent(row['sparsity'])}"
@@ -275,7 +275,7 @@ def headline(summary: Row) -> str:
     dense, rounds = summary["rows"][0], of_kind(summary, "round")
     start = f"dense model of {count(dense['params'])} parameters at perplexity {number(dense['ppl'])}"
     if not rounds:
-        end = "there was no round of pruning" if of_kind(summary, "beside") else "nothing was pruned"
+        end = "there was no round of pruning" if of_kind(summary, "baseline") else "nothing was pruned"
         return f"A {start}; {end}."
     last, plural = rounds[-1], "s" if len(rounds) > 1 else ""
     gone = "held at zero" if last["method"] in MASKS else "removed"

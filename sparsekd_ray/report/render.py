@@ -26,7 +26,7 @@ corpus.domains.* | train_tokens: in the mix; test_tokens: in the test split
 corpus.domains.* | in_dense_training: whether the dense model was trained on it, null if not known
 dense | artifact: store key; params: parameters; mlp_params: those in MLP matrices; note: about it, or null
 rows[] | stage: name of the model
-rows[] | kind: dense, control (full size, trained), round (pruned, distilled), beside (dense pruned once, distilled)
+rows[] | kind: dense, control (full size, trained), round (pruned, distilled), baseline (dense pruned once, distilled)
 rows[] | method: of pruning and, of an SVD, how it shares the budget out, null for dense and controls
 rows[] | sparsity_requested: fraction of MLP parameters to remove; sparsity: fraction removed, counted
 rows[] | params: parameters, zeros of a mask included; mlp_params: those in MLP matrices, zeros of a mask left out

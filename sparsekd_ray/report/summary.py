@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsekd_ray.cascade import console
 from sparsekd_ray.cascade.steps import Step, seeded
-from sparsekd_ray.config import Beside, Config, Round
+from sparsekd_ray.config import Baseline, Config, Round
 
 Records = Mapping[str, dict[str, Any]]
 FAMILIES = {"phi3": "Phi-3", "qwen3": "Qwen3"}
@@ -17,23 +17,23 @@ CONTROLS = {"dense+kd": "Dense + KD", "ce-only": "CE only", "kl-only": "KL only"
 
 def summarise(config: Config, steps: list[Step], records: Records, run: Mapping[str, Any]) -> dict[str, Any]:
     """`run` holds what only the driver knows: command, times, which steps were reused, versions, hardware, paths."""
-    book = _Book(config, steps, records)
-    figures = book.metrics("evaluate dense")
+    index = RunIndex(config, steps, records)
+    figures = index.metrics("evaluate dense")
     return {
         **run,
         "run": config.name,
         "seeds": list(config.cascade.seeds),
         "protocol": _protocol(figures),
-        "corpus": _corpus(config, book),
-        "dense": _dense(config, book),
-        "rows": [_dense_row(book), *_control_rows(config, book), *_student_rows(config, book)],
-        "curves": _curves(config, book),
-        "steps": [_step(step, book, run["reused"]) for step in steps],
+        "corpus": _corpus(config, index),
+        "dense": _dense(config, index),
+        "rows": [_dense_row(index), *_control_rows(config, index), *_student_rows(config, index)],
+        "curves": _curves(config, index),
+        "steps": [_step(step, index, run["reused"]) for step in steps],
         "settings": config.model_dump(mode="json"),
     }
 
 
-class _Book:
+class RunIndex:
     """Looks artifacts up by a step's name, also where an equal step earlier in the plan stands for it."""
 
     def __init__(self, config: Config, steps: list[Step], records: Records) -> None:
@@ -65,8 +65,8 @@ def _protocol(figures: dict[str, Any]) -> dict[str, Any]:
     return {"window": window, "stride": stride, "sentence": sentence}
 
 
-def _corpus(config: Config, book: _Book) -> dict[str, Any]:
-    tokens = book.metrics("corpus")["tokens"]
+def _corpus(config: Config, index: RunIndex) -> dict[str, Any]:
+    tokens = index.metrics("corpus")["tokens"]
     standin = config.model.standin
     unseen = set(standin.unseen) if standin else set()
     trained_on = (
@@ -90,15 +90,15 @@ def _corpus(config: Config, book: _Book) -> dict[str, Any]:
     )
     total = sum(tokens["train"].values())
     return {
-        "artifact": book.steps["corpus"].ref.key,
+        "artifact": index.steps["corpus"].ref.key,
         "train_tokens": total,
         "domains": domains,
         "warning": warning,
     }
 
 
-def _dense(config: Config, book: _Book) -> dict[str, Any]:
-    metrics, standin = book.metrics("dense"), config.model.standin
+def _dense(config: Config, index: RunIndex) -> dict[str, Any]:
+    metrics, standin = index.metrics("dense"), config.model.standin
     note = (
         f"The dense model is a stand-in of the {FAMILIES[standin.family]} architecture with "
         f"{metrics['params'] / 1e6:.2f} M parameters, trained by this cascade on {metrics['tokens']:,} tokens: small "
@@ -107,79 +107,79 @@ def _dense(config: Config, book: _Book) -> dict[str, Any]:
         else None
     )
     keys = ("params", "mlp_params")
-    return {"artifact": book.steps["dense"].ref.key, "note": note} | {key: metrics[key] for key in keys}
+    return {"artifact": index.steps["dense"].ref.key, "note": note} | {key: metrics[key] for key in keys}
 
 
-def _dense_row(book: _Book) -> dict[str, Any]:
-    figures = book.figures("dense")
-    return _row(book, "Dense", "dense", {"": figures}) | {
-        "artifact": book.steps["dense"].ref.key,
+def _dense_row(index: RunIndex) -> dict[str, Any]:
+    figures = index.figures("dense")
+    return _row(index, "Dense", "dense", {"": figures}) | {
+        "artifact": index.steps["dense"].ref.key,
         "sparsity_requested": 0.0,
         "sparsity": 0.0,
-        "params": book.metrics("dense")["params"],
-        "mlp_params": book.metrics("dense")["mlp_params"],
+        "params": index.metrics("dense")["params"],
+        "mlp_params": index.metrics("dense")["mlp_params"],
     }
 
 
-def _control_rows(config: Config, book: _Book) -> list[dict[str, Any]]:
+def _control_rows(config: Config, index: RunIndex) -> list[dict[str, Any]]:
     return [
-        _trained_row(config, book, CONTROLS[control], "control", control, None)
+        _trained_row(config, index, CONTROLS[control], "control", control, None)
         for control in config.cascade.controls
     ]
 
 
-def _students(config: Config) -> list[tuple[str, str, Round | Beside]]:
+def _students(config: Config) -> list[tuple[str, str, Round | Baseline]]:
     """Title, name of the step and settings of the rounds, then of the students of other methods."""
     rounds = [(f"Round {n}", f"round {n}", round_) for n, round_ in enumerate(config.cascade.rounds, start=1)]
-    return [*rounds, *((branch.title, branch.title, branch) for branch in config.cascade.beside)]
+    return [*rounds, *((branch.title, branch.title, branch) for branch in config.cascade.baselines)]
 
 
-def _student_rows(config: Config, book: _Book) -> list[dict[str, Any]]:
+def _student_rows(config: Config, index: RunIndex) -> list[dict[str, Any]]:
     return [
         _trained_row(
-            config, book, title, "round" if isinstance(settings, Round) else "beside", name, settings
+            config, index, title, "round" if isinstance(settings, Round) else "baseline", name, settings
         )
         for title, name, settings in _students(config)
     ]
 
 
 def _trained_row(
-    config: Config, book: _Book, title: str, kind: str, name: str, student: Round | Beside | None
+    config: Config, index: RunIndex, title: str, kind: str, name: str, student: Round | Baseline | None
 ) -> dict[str, Any]:
     """The row of one control or student, over all seeds."""
-    names = {str(seed): book.trained(name, config, seed) for seed in config.cascade.seeds}
+    names = {str(seed): index.trained(name, config, seed) for seed in config.cascade.seeds}
     first = names[str(config.cascade.seeds[0])]
-    step, metrics = book.steps[first], book.metrics(first)
-    source = book.steps[step.inputs["student"]]
-    row = _row(book, title, kind, {seed: book.figures(n) for seed, n in names.items()})
+    step, metrics = index.steps[first], index.metrics(first)
+    source = index.steps[step.inputs["student"]]
+    row = _row(index, title, kind, {seed: index.figures(n) for seed, n in names.items()})
     row |= {
-        "params": book.metrics(source.name)["params"],
-        "mlp_params": book.metrics(source.name)["mlp_params"],
-        "sparsity": book.metrics(source.name).get("sparsity", 0.0),
-        "trained_tokens": _trained_tokens(book, first),
+        "params": index.metrics(source.name)["params"],
+        "mlp_params": index.metrics(source.name)["mlp_params"],
+        "sparsity": index.metrics(source.name).get("sparsity", 0.0),
+        "trained_tokens": _trained_tokens(index, first),
         "lr": step.settings.lr,
         "stopped": metrics["stopped"],
         "artifact": step.ref.key,
     }
-    teacher = book.steps[book.steps[step.inputs["cache"]].inputs["teacher"]]
-    row |= {"teacher": "dense", "teacher_ppl": book.figures(teacher.name)["sliding"]["ppl"]}
+    teacher = index.steps[index.steps[step.inputs["cache"]].inputs["teacher"]]
+    row |= {"teacher": "dense", "teacher_ppl": index.figures(teacher.name)["sliding"]["ppl"]}
     if student is None:
         return row | {"sparsity_requested": 0.0}
-    pre = fmean(book.figures(book.steps[n].inputs["student"])["sliding"]["ppl"] for n in names.values())
-    excess = pre - book.dense_ppl
-    export = book.by_input["export", first]
+    pre = fmean(index.figures(index.steps[n].inputs["student"])["sliding"]["ppl"] for n in names.values())
+    excess = pre - index.dense_ppl
+    export = index.by_input["export", first]
     return row | {
         "method": ", ".join(source.identity[k] for k in ("method", "allocation") if k in source.identity),
         "teacher": student.teacher,
         "sparsity_requested": student.sparsity,
-        "oneshot_ppl": _oneshot(book, student.sparsity) if isinstance(student, Round) else None,
+        "oneshot_ppl": _oneshot(index, student.sparsity) if isinstance(student, Round) else None,
         "pre_ppl": pre,
         "recovered": (pre - row["ppl"]) / excess if excess > 0 else None,
         "export": export.ref.key,
     }
 
 
-def _row(book: _Book, title: str, kind: str, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _row(index: RunIndex, title: str, kind: str, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     per_seed = {seed: f["sliding"]["ppl"] for seed, f in figures.items()}
     ppl = fmean(per_seed.values())
     domains = next(iter(figures.values()))["sliding"]["domains"]
@@ -191,7 +191,7 @@ def _row(book: _Book, title: str, kind: str, figures: dict[str, dict[str, Any]])
         "per_seed": {seed: value for seed, value in per_seed.items() if seed},
         "disjoint_ppl": fmean(f["disjoint"]["ppl"] for f in figures.values()),
         "domains": {d: fmean(f["sliding"]["domains"][d]["ppl"] for f in figures.values()) for d in domains},
-        "vs_dense": ppl / book.dense_ppl - 1,
+        "vs_dense": ppl / index.dense_ppl - 1,
         "method": None,
         "teacher": None,
         "teacher_ppl": None,
@@ -205,28 +205,28 @@ def _row(book: _Book, title: str, kind: str, figures: dict[str, dict[str, Any]])
     }
 
 
-def _oneshot(book: _Book, sparsity: float) -> float:
+def _oneshot(index: RunIndex, sparsity: float) -> float:
     """Perplexity of the dense model cut to this size at once by plain SVD, and not trained."""
     step = next(
         s
-        for s in book.steps.values()
+        for s in index.steps.values()
         if s.kind == "prune"
         and s.inputs["model"] == "dense"
         and (s.identity["method"], s.identity["sparsity"], s.identity.get("allocation"))
         == ("svd", sparsity, "uniform")
     )
-    return book.figures(step.name)["sliding"]["ppl"]
+    return index.figures(step.name)["sliding"]["ppl"]
 
 
-def _trained_tokens(book: _Book, name: str) -> int:
+def _trained_tokens(index: RunIndex, name: str) -> int:
     """Tokens of all distillations on the way from the dense model to this one."""
-    step = book.steps[name]
-    own = book.metrics(name)["trained_tokens"] if step.kind == "distill" else 0
+    step = index.steps[name]
+    own = index.metrics(name)["trained_tokens"] if step.kind == "distill" else 0
     before = step.inputs.get("student") or (step.inputs.get("model") if step.kind == "prune" else None)
-    return own + (_trained_tokens(book, before) if before else 0)
+    return own + (_trained_tokens(index, before) if before else 0)
 
 
-def _curves(config: Config, book: _Book) -> list[dict[str, Any]]:
+def _curves(config: Config, index: RunIndex) -> list[dict[str, Any]]:
     titles: list[tuple[str, str]] = [(CONTROLS[c], c) for c in config.cascade.controls]
     titles += [(title, name) for title, name, _ in _students(config)]
     keys = ("step", "tokens", "valid_ppl", "valid_domains")
@@ -234,9 +234,9 @@ def _curves(config: Config, book: _Book) -> list[dict[str, Any]]:
         {
             "stage": title,
             "seed": seed,
-            "best_step": book.metrics(book.trained(name, config, seed))["best_step"],
+            "best_step": index.metrics(index.trained(name, config, seed))["best_step"],
             "points": [
-                {k: p[k] for k in keys} for p in book.metrics(book.trained(name, config, seed))["history"]
+                {k: p[k] for k in keys} for p in index.metrics(index.trained(name, config, seed))["history"]
             ],
         }
         for title, name in titles
@@ -244,8 +244,8 @@ def _curves(config: Config, book: _Book) -> list[dict[str, Any]]:
     ]
 
 
-def _step(step: Step, book: _Book, reused: set[str]) -> dict[str, Any]:
-    record = book.records[step.name]
+def _step(step: Step, index: RunIndex, reused: set[str]) -> dict[str, Any]:
+    record = index.records[step.name]
     return {
         "name": step.name,
         "kind": step.kind,

@@ -27,7 +27,7 @@ def total(sums: torch.Tensor) -> torch.Tensor:
     return sums.clone()
 
 
-def agree(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Worker 0's value, on every worker."""
     box = [value]
     if dist.is_initialized():

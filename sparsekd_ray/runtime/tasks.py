@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
+TaskMap = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
 """(function, arguments of each piece) → (index, result) of every piece as it finishes, in any order. The function is
 of a module's top level and its arguments pickle, since they may travel to another machine."""
 
 
-def here(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+def map_local(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
     """In this process, in order."""
     for index, arguments in enumerate(pieces):
         with threads_for(len(pieces)):

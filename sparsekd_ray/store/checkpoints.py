@@ -21,7 +21,7 @@ def tag(step: int) -> str:
     return f"step-{step:06d}"
 
 
-class Kept:
+class Checkpoints:
     """The checkpoints of the artifact `ref`."""
 
     def __init__(self, store: Store, ref: Ref) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from sparsekd_ray.errors import IntegrityError
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.store.checkpoints import Kept, tag
+from sparsekd_ray.store.checkpoints import Checkpoints, tag
 
 REF = Ref("distill", "student", "0123abcd")
 
@@ -20,7 +20,7 @@ def store(request, tmp_path):
     return Store(f"s3://{server.bucket}/{uuid.uuid4().hex}", scratch=str(tmp_path / "scratch"))
 
 
-def write(kept: Kept, step: int) -> Path:
+def write(kept: Checkpoints, step: int) -> Path:
     folder = kept.folder() / tag(step)
     folder.mkdir(parents=True)
     for name in ("weights", "progress.json"):
@@ -29,7 +29,7 @@ def write(kept: Kept, step: int) -> Path:
 
 
 def test_the_newest_complete_one_comes_back_and_older_ones_go(store):
-    kept = Kept(store, REF)
+    kept = Checkpoints(store, REF)
     for step in (4, 12):
         kept.save(step, write(kept, step))
     unfinished = write(kept, 20)
@@ -41,13 +41,13 @@ def test_the_newest_complete_one_comes_back_and_older_ones_go(store):
 
 
 def test_nothing_complete_is_nothing(store):
-    kept = Kept(store, REF)
+    kept = Checkpoints(store, REF)
     kept.publish([write(kept, 4) / "weights"])
     assert kept.latest() is None
 
 
 def test_a_complete_one_that_lost_a_file_is_refused(store):
-    kept = Kept(store, REF)
+    kept = Checkpoints(store, REF)
     kept.save(4, write(kept, 4))
     store.discard(REF, "checkpoints/step-000004/weights")
     with pytest.raises(IntegrityError, match=r"weights.*is gone"):

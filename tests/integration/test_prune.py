@@ -20,7 +20,7 @@ from sparsekd_ray.model import loading, saving
 from sparsekd_ray.prune import calibrate, low_rank, svd
 from sparsekd_ray.prune.run import prune
 from sparsekd_ray.prune.task import Task
-from sparsekd_ray.runtime.tasks import Each, here
+from sparsekd_ray.runtime.tasks import TaskMap, map_local
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher.forward import tokens
 
@@ -118,7 +118,7 @@ def test_the_predicted_loss_is_what_the_outputs_miss_on_the_calibration_text(
     name: str, family: str, store: Store
 ) -> None:
     asked = pruning.task(store, DENSE[family], f"loss.{family}.{name}", SETTINGS[name], 0.4)
-    planned, facts = low_rank.plan(asked, here, print), finish(asked)
+    planned, facts = low_rank.plan(asked, map_local, print), finish(asked)
     measured = measured_loss(store, asked, planned.shapes)
     assert planned.loss == pytest.approx(measured, rel=1e-3, abs=1e-9)
     assert facts["predicted_loss"] == pytest.approx(sum(measured.values()), rel=1e-3)
@@ -186,7 +186,7 @@ def test_gate_and_up_share_a_basis_where_that_loses_less(store: Store) -> None:
     shapes = {}
     for method in ("svd", "svd-whitened"):
         asked = pruning.task(store, ref, "crafted", Prune(method=method, allocation="optimal"), 0.3)
-        shapes[method] = list(low_rank.plan(asked, here, print).shapes)
+        shapes[method] = list(low_rank.plan(asked, map_local, print).shapes)
     assert not any("gate_up" in name for name in shapes["svd"]) and len(shapes["svd"]) == 9
     assert [name for name in shapes["svd-whitened"] if ".0." in name or ".1." in name] == [
         f"model.layers.{tail}"
@@ -204,11 +204,11 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-def until(count: int, published: list[str]) -> Each:
+def until(count: int, published: list[str]) -> TaskMap:
     """Runs pieces here until `count` of them have published something."""
 
     def each(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        for result in here(function, pieces):
+        for result in map_local(function, pieces):
             if len(published) >= count:
                 raise Killed
             yield result
@@ -220,7 +220,7 @@ def backwards(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -
     """Last piece first, each as if it had travelled."""
     for place in reversed(range(len(pieces))):
         travelled = pickle.loads(pickle.dumps((function, [pieces[place]])))
-        ((_, result),) = here(*travelled)
+        ((_, result),) = map_local(*travelled)
         yield place, pickle.loads(pickle.dumps(result))
 
 
@@ -269,7 +269,7 @@ def test_spread_over_ray_the_bytes_are_the_same(store: Store, cluster: None) -> 
         pruning.task(store, DENSE["qwen3"], f"ray.{kind}", SETTINGS["gauge-bias"], 0.4)
         for kind in ("here", "ray")
     )
-    assert finish(one)["ranks"] == finish(other, driver.spread(Execution()))["ranks"]
+    assert finish(one)["ranks"] == finish(other, driver.map_on_ray(Execution()))["ranks"]
     assert weights(store, one.out) == weights(store, other.out)
 
 
@@ -316,8 +316,8 @@ def test_an_energy_stands_for_the_sparsity_at_which_its_ranks_come_out(store: St
     asked = pruning.task(store, DENSE["phi3"], "energy", settings, 0.5)
     shapes = loading.shapes_from_config(asked.folder())
     ranks = {n: svd.energy_rank(torch.from_numpy(low_rank.spectrum(asked, n)), 0.7) for n in shapes}
-    sparsity = low_rank.sparsity_at(asked, 0.7, here, lambda text: None)
-    planned = low_rank.plan(dataclasses.replace(asked, sparsity=sparsity), here, lambda text: None)
+    sparsity = low_rank.sparsity_at(asked, 0.7, map_local, lambda text: None)
+    planned = low_rank.plan(dataclasses.replace(asked, sparsity=sparsity), map_local, lambda text: None)
     assert all(
         planned.ranks[n] == (r if r * sum(shapes[n]) < math.prod(shapes[n]) else None)
         for n, r in ranks.items()

@@ -23,7 +23,7 @@ TINY = {
     "calibrate": {"samples": 16},
     "cascade": {
         "rounds": [{"sparsity": 0.3, "teacher": "dense"}], "controls": ["ce-only"],
-        "beside": [{"method": "neurons", "sparsity": 0.3}, {"method": "wanda", "sparsity": 0.3}],
+        "baselines": [{"method": "neurons", "sparsity": 0.3}, {"method": "wanda", "sparsity": 0.3}],
     },
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from sparsekd_ray.model import loading
 from sparsekd_ray.prune import calibrate
 from sparsekd_ray.prune.run import prune
 from sparsekd_ray.prune.task import Task
-from sparsekd_ray.runtime.tasks import Each, here
+from sparsekd_ray.runtime.tasks import TaskMap, map_local
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.forward import Forward
@@ -73,7 +73,7 @@ def statistics(store: Store, model: Ref) -> Ref:
     out = Ref("statistics", model.name, model.fingerprint)
     if store.record(out) is None:
         settings = {"settings": CALIBRATE, "groups": 1, "gpu": False}
-        run: dict[str, Any] = {"store": store, "each": here, "say": print}
+        run: dict[str, Any] = {"store": store, "each": map_local, "say": print}
         commit(store, out, **calibrate.calibrate(model, TEXTS, out, **settings, **run))
     return out
 
@@ -119,7 +119,7 @@ def task(
     return Task(store, model, out, settings, sparsity, size, CALIBRATE, **inputs | more)
 
 
-def finish(asked: Task, each: Each = here) -> dict[str, Any]:
+def finish(asked: Task, each: TaskMap = map_local) -> dict[str, Any]:
     """Prunes and commits; the facts."""
     facts = prune(asked, each, lambda text: None)
     commit(asked.store, asked.out, **facts)

@@ -20,7 +20,7 @@ from sparsekd_ray.corpus.shards import domain_table
 from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelError
 from sparsekd_ray.model import loading
 from sparsekd_ray.prune import calibrate, statistics
-from sparsekd_ray.runtime.tasks import here
+from sparsekd_ray.runtime.tasks import map_local
 from sparsekd_ray.store import Ref, Store
 
 torch.set_num_threads(1)
@@ -47,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def run(store: Store, out: Ref, model: Ref = QWEN, groups: int = 1, **more: Any) -> list[str]:
     """Runs the stage up to its record; returns what it said."""
     said: list[str] = []
-    arguments = {"settings": SETTINGS, "each": here, "gpu": False} | more
+    arguments = {"settings": SETTINGS, "each": map_local, "gpu": False} | more
     metrics = calibrate.calibrate(model, TEXTS, out, groups=groups, store=store, say=said.append, **arguments)
     store.commit(out, identity={}, inputs={}, metrics=metrics, seconds=0)
     return said
@@ -93,7 +93,7 @@ def test_large_layers_are_shared_out_further(
 
     def spy(function: Callable[..., Any], todo: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         pieces.extend(arguments[-1] for arguments in todo)
-        return here(function, todo)
+        return map_local(function, todo)
 
     out = Ref("statistics", "large", "aa")
     run(store, out, each=spy)
@@ -166,7 +166,7 @@ def test_a_killed_calibration_measures_only_what_is_missing(
     out = Ref("statistics", "killed", f"b{pieces_done}")
 
     def dying(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        yield from here(function, pieces[:pieces_done])
+        yield from map_local(function, pieces[:pieces_done])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -299,7 +299,7 @@ def test_statistics_of_another_model(store: Store, measured: Ref) -> None:
 
 def test_pieces_that_vanish_are_missed(store: Store) -> None:
     def losing(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        return here(function, pieces[:-1])
+        return map_local(function, pieces[:-1])
 
     with pytest.raises(IntegrityError, match=r"without 2 files, the first is layer-003\.safetensors"):
         run(store, Ref("statistics", "lost", "c7"), groups=2, each=losing)

@@ -185,7 +185,7 @@ def test_bad_values_are_named() -> None:
 def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, held: bool) -> None:
     model = masks.wanda(dense_model(family, True).to(dtype), text(4), 0.5).train()
     before = {name: weight.detach().clone() for name, weight in weights(model).items()}
-    zeros = held_zeros.hold(model) if held else {name: weight == 0 for name, weight in before.items()}
+    zeros = held_zeros.freeze_zeros(model) if held else {name: weight == 0 for name, weight in before.items()}
     assert {name: int(z.sum()) for name, z in zeros.items()} == {
         n: int((w == 0).sum()) for n, w in before.items()
     }
@@ -194,7 +194,7 @@ def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, 
         model(input_ids=text(), labels=text()).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    violations = held_zeros.violations(model, zeros)
+    violations = held_zeros.changed_zeros(model, zeros)
     if not held:
         assert set(violations) == set(zeros)
         return
@@ -206,15 +206,15 @@ def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, 
 
 def test_violations_name_the_matrix_and_hold_needs_a_mask() -> None:
     model = masks.magnitude(dense_model("qwen3", True), 0.5)
-    zeros = held_zeros.hold(model)
+    zeros = held_zeros.freeze_zeros(model)
     name = "model.layers.1.mlp.up_proj"
     weights(model)[name].data[zeros[name]] = 1.0
-    assert held_zeros.violations(model, zeros) == {name: int(zeros[name].sum())}
-    assert held_zeros.hold(dense_model("qwen3", True)) == {}
+    assert held_zeros.changed_zeros(model, zeros) == {name: int(zeros[name].sum())}
+    assert held_zeros.freeze_zeros(dense_model("qwen3", True)) == {}
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_a_zero() -> None:
     model = masks.magnitude(dense_model("phi3", True), 0.5)
-    zeros = held_zeros.hold(model)
+    zeros = held_zeros.freeze_zeros(model)
     (sum(weight.sum() for weight in weights(model).values()) * torch.inf).backward()
     assert all((weight.grad[zeros[name]] == 0).all() for name, weight in weights(model).items())

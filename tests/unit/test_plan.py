@@ -140,11 +140,11 @@ def test_a_budget_out_of_reach_is_refused_before_any_work():
         job.preflight(changed("cascade.rounds.2.sparsity", 0.999))
 
 
-BESIDE = {"sparsity": 0.5, "allocation": "uniform"}
+BASELINE = {"sparsity": 0.5, "allocation": "uniform"}
 
 
 @pytest.mark.parametrize(
-    "method, more, rounds, beside, message",
+    "method, more, rounds, baselines, message",
     [
         ("neurons", {}, [0.3, 0.999], [], "cascade.rounds: neurons: .* ask for a sparsity"),
         ("neurons", {"align": 88}, [0.3, 0.31], [], "neurons: .*asks for 264 .* which have 264"),
@@ -154,21 +154,21 @@ BESIDE = {"sparsity": 0.5, "allocation": "uniform"}
         ("svd-whitened", {"storage": "gauge"}, [0.3, 0.9999], [], "cascade.rounds: .* can remove at most"),
         ("svd-whitened", {"align": 64, "bias": True}, [0.3, 0.375], [], "cascade.rounds: .* at most 0.372"),
         ("neurons", {"align": 32}, [0.3, 0.85], [], "one-shot control: .* can remove at most"),
-        ("svd", {}, [0.3], [BESIDE | {"method": "depth", "sparsity": 0.99}], "cascade.beside depth 99%"),
+        ("svd", {}, [0.3], [BASELINE | {"method": "depth", "sparsity": 0.99}], "cascade.baselines depth 99%"),
         (
             "svd",
             {},
             [0.3],
-            [BESIDE | {"method": "neurons", "sparsity": 0.999}],
-            "cascade.beside neurons 99.9%",
+            [BASELINE | {"method": "neurons", "sparsity": 0.999}],
+            "cascade.baselines neurons 99.9%",
         ),
-        ("svd", {}, [0.3], [BESIDE | {"method": "svd", "sparsity": 0.999}], "cascade.beside svd 99.9%"),
+        ("svd", {}, [0.3], [BASELINE | {"method": "svd", "sparsity": 0.999}], "cascade.baselines svd 99.9%"),
     ],
 )
-def test_every_size_of_every_method_is_checked_before_any_work(method, more, rounds, beside, message):
+def test_every_size_of_every_method_is_checked_before_any_work(method, more, rounds, baselines, message):
     tree = load(LAPTOP).model_dump(mode="json")
     tree["prune"] |= {"method": method} | more
-    tree["cascade"] |= {"rounds": [{"sparsity": sparsity} for sparsity in rounds], "beside": beside}
+    tree["cascade"] |= {"rounds": [{"sparsity": sparsity} for sparsity in rounds], "baselines": baselines}
     with pytest.raises(ConfigError, match=message):
         job.preflight(parse(tree, "test"))
 
@@ -179,7 +179,7 @@ def test_every_method_makes_rounds_and_stands_beside_them(method):
     tree["prune"] |= {"method": method, "temperature": 1.0}
     tree["cascade"] |= {
         "rounds": [{"sparsity": 0.25}, {"sparsity": 0.5}],
-        "beside": [{"method": other, "sparsity": 0.5} for other in get_args(Method)],
+        "baselines": [{"method": other, "sparsity": 0.5} for other in get_args(Method)],
     }
     steps = {step.name: step for step in job.preflight(parse(tree, "test"))}
     sources = {"round 1": "dense", "round 2": "round 1"}
@@ -232,7 +232,7 @@ def test_only_what_bears_on_a_method_is_its_identity(method, field, value, matte
             {"method": "sdm", "temperature": 0.25},
             r"sdm reads the teacher at prune.temperature 0.25, .* add it to teacher.temperatures",
         ),
-        ("cascade.beside", [BESIDE | {"method": "depth"}] * 2, "repeats a method at one sparsity"),
+        ("cascade.baselines", [BASELINE | {"method": "depth"}] * 2, "repeats a method at one sparsity"),
         ("distill.temperature", 3.0, "add it to teacher.temperatures"),
         ("cascade.controls", ["ce-only"], "keep dense\\+kd"),
         ("corpus.samples", 4, "less than one batch"),

@@ -38,7 +38,7 @@ MODELS: list[tuple[Any, ...]] = [
     ("Round 3", 0.65, 0.6502, 651_776, "previous", 293.0, 96.7, 36.2, (69.8, 32.5, 5.6, 104.0), THRICE),
 ]  # fmt: skip
 
-BESIDE: list[tuple[Any, ...]] = [
+BASELINE: list[tuple[Any, ...]] = [
     ("neurons 65%", 0.65, 0.6494, 652_208, "dense", None, 61.7, 33.1, (63.9, 28.8, 5.31, 99.2), BUDGET),
     ("depth 50%", 0.5, 0.5, 669_312, "dense+kd", None, 180.2, 41.9, (80.2, 38.1, 6.01, 140.0), BUDGET),
 ]  # fmt: skip
@@ -48,13 +48,13 @@ def row(model: tuple[Any, ...], seeds: list[int]) -> dict[str, Any]:
     stage, requested, sparsity, params, teacher, oneshot, pre, ppl, domains, training = model
     tokens, lr, stopped = training
     pruned = requested > 0
-    kind = "beside" if stage.endswith("%") else "round" if pruned else "control"
+    kind = "baseline" if stage.endswith("%") else "round" if pruned else "control"
     spread = [0.0] if len(seeds) == 1 or stage == "Dense" else [-0.3, 0.1, 0.2]
     slug = stage.lower().replace(" ", "-")
     return {
         "stage": stage,
         "kind": "dense" if stage == "Dense" else kind,
-        "method": {"control": None, "round": "svd, tiered", "beside": stage.split()[0]}[kind],
+        "method": {"control": None, "round": "svd, tiered", "baseline": stage.split()[0]}[kind],
         "sparsity_requested": requested,
         "sparsity": sparsity,
         "params": params,
@@ -196,10 +196,10 @@ def sample(seeds: tuple[int, ...] = (42,)) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def with_beside(seeds: tuple[int, ...] = (42,)) -> dict[str, Any]:
+def with_baselines(seeds: tuple[int, ...] = (42,)) -> dict[str, Any]:
     """The sample and two students by other methods: one of the last round's size, one of no round's."""
     summary = sample(seeds)
-    added = [row(model, list(seeds)) for model in BESIDE]
+    added = [row(model, list(seeds)) for model in BASELINE]
     summary["rows"] += added
     summary["curves"] += [curve(r["stage"], seed, r["pre_ppl"], r["ppl"]) for r in added for seed in seeds]
     return summary
@@ -360,7 +360,7 @@ def test_other_shapes_of_a_run_have_findings_too() -> None:
 
 
 def test_a_student_beside_the_rounds_is_held_against_the_round_of_its_size() -> None:
-    summary = with_beside()
+    summary = with_baselines()
     text = said(summary)
     # 33.1 / 36.2 − 1; 131 072 / 393 216
     assert (
@@ -384,7 +384,7 @@ def test_a_student_beside_the_rounds_is_held_against_the_round_of_its_size() -> 
 
 
 def test_a_run_with_students_beside_no_round_says_so() -> None:
-    summary = with_beside()
+    summary = with_baselines()
     assert headline(summary) == headline(sample())
     summary["rows"] = [r for r in summary["rows"] if r["kind"] != "round"]
     assert headline(summary).endswith("at perplexity 34.50; there was no round of pruning.")
@@ -439,13 +439,18 @@ class Page(HTMLParser):
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four reports, drawn once for all tests."""
     folder = tmp_path_factory.mktemp("reports")
-    summaries = {"good": sample(), "seeds": sample(SEEDS), "bad": adverse(), "beside": with_beside(SEEDS)}
+    summaries = {
+        "good": sample(),
+        "seeds": sample(SEEDS),
+        "bad": adverse(),
+        "baseline": with_baselines(SEEDS),
+    }
     for name, summary in summaries.items():
         render(summary, folder / name)
     return folder
 
 
-@pytest.mark.parametrize("name", ["good", "seeds", "bad", "beside"])
+@pytest.mark.parametrize("name", ["good", "seeds", "bad", "baseline"])
 def test_the_page_is_whole_and_asks_nothing_of_the_network(out: Path, name: str) -> None:
     html = (out / name / "report.html").read_text()
     page = Page(html)
@@ -467,7 +472,7 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(out: Path, name: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), [("good", sample), ("bad", adverse), ("beside", lambda: with_beside(SEEDS))]
+    ("name", "make"), [("good", sample), ("bad", adverse), ("baseline", lambda: with_baselines(SEEDS))]
 )
 def test_everything_of_the_run_is_on_the_page_and_in_the_text(out: Path, name: str, make: Any) -> None:
     summary = make()
@@ -495,7 +500,7 @@ def figure(cell: str) -> float | None:
 
 
 @pytest.mark.parametrize(
-    ("name", "summary"), [("good", sample()), ("seeds", sample(SEEDS)), ("beside", with_beside(SEEDS))]
+    ("name", "summary"), [("good", sample()), ("seeds", sample(SEEDS)), ("baseline", with_baselines(SEEDS))]
 )
 def test_the_markdown_table_holds_the_figures(out: Path, name: str, summary: dict[str, Any]) -> None:
     lines = (
@@ -521,15 +526,17 @@ def test_the_markdown_table_holds_the_figures(out: Path, name: str, summary: dic
 
 
 def test_students_beside_the_rounds_are_told_apart_and_nothing_of_them_is_said_without_any(out: Path) -> None:
-    html, markdown = ((out / "beside" / name).read_text() for name in ("report.html", "report.md"))
+    html, markdown = ((out / "baseline" / name).read_text() for name in ("report.html", "report.md"))
     assert html.count("<tbody") - (out / "seeds" / "report.html").read_text().count("<tbody") == 2
     # in both: figures, students against controls, all columns, domains; on the page their curves too
     assert html.count(">neurons 65%</th>") == markdown.count("\n| neurons 65% |") == 4
     assert html.count("<h3>neurons 65%</h3>") == 1
-    assert html.count("beside, after distillation") == 2 and html.count("beside, just after pruning") == 1
+    assert (
+        html.count("baselines, after distillation") == 2 and html.count("baselines, just after pruning") == 1
+    )
     for name in ("report.html", "report.md"):
-        assert "by the method named" in (out / "beside" / name).read_text()
-        assert "beside," not in (out / "seeds" / name).read_text()
+        assert "by the method named" in (out / "baseline" / name).read_text()
+        assert "baselines," not in (out / "seeds" / name).read_text()
         assert "by the method named" not in (out / "seeds" / name).read_text()
 
 

@@ -16,7 +16,7 @@ DENSE, COLLAPSED = 30.0, 300.0
 CASCADE = {
     "seeds": SEEDS,
     "rounds": [{"sparsity": 0.15}, {"sparsity": 0.65, "teacher": "dense+kd"}],
-    "beside": [{"method": "neurons", "sparsity": 0.65, "teacher": "dense+kd", "lr": 0.003}],
+    "baselines": [{"method": "neurons", "sparsity": 0.65, "teacher": "dense+kd", "lr": 0.003}],
 }
 
 
@@ -77,7 +77,7 @@ def row(summary, stage):
     return next(r for r in summary["rows"] if r["stage"] == stage)
 
 
-def test_rows_come_in_order_with_the_controls_beside(summary):
+def test_rows_come_in_order_with_the_controls_baselines(summary):
     assert [r["stage"] for r in summary["rows"]] == [
         "Dense",
         "Dense + KD",
@@ -119,7 +119,7 @@ def test_what_was_there_before_is_marked(summary):
 
 def test_a_student_beside_the_rounds_has_a_rounds_figures_but_no_one_shot(summary):
     found, round_ = row(summary, "neurons 65%"), row(summary, "Round 2")
-    assert (found["kind"], found["method"], found["oneshot_ppl"]) == ("beside", "neurons", None)
+    assert (found["kind"], found["method"], found["oneshot_ppl"]) == ("baseline", "neurons", None)
     assert (found["sparsity_requested"], found["sparsity"], found["lr"]) == (0.65, 0.65, 0.003)
     assert found["trained_tokens"] == 100  # pruned and distilled once
     for key in ("ppl", "std", "per_seed", "pre_ppl", "recovered", "teacher", "teacher_ppl", "params"):
@@ -146,11 +146,11 @@ def test_rounds_may_prune_by_any_method_and_the_stand_in_may_be_of_any_family():
 def test_a_student_equal_to_the_first_round_has_its_figures():
     """The plan makes equal steps once, under their first name."""
     tree = load(LAPTOP).model_dump(mode="json")
-    tree["cascade"] = {"rounds": [{"sparsity": 0.5}], "beside": [{"method": "neurons", "sparsity": 0.5}]}
+    tree["cascade"] = {"rounds": [{"sparsity": 0.5}], "baselines": [{"method": "neurons", "sparsity": 0.5}]}
     tree["cascade"]["seeds"], tree["prune"]["method"] = SEEDS, "neurons"
     found = summary_of(tree)
     same, other = row(found, "Round 1"), row(found, "neurons 50%")
-    assert (same["kind"], other["kind"]) == ("round", "beside")
+    assert (same["kind"], other["kind"]) == ("round", "baseline")
     for key in ("artifact", "export", "per_seed", "trained_tokens"):
         assert same[key] == other[key]
     curves = [[c["seed"] for c in found["curves"] if c["stage"] == r["stage"]] for r in (same, other)]
