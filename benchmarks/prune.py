@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsekd_ray.model.loading import shapes_from_config
+from sparsekd_ray.model.spec import shapes_from_config
 from sparsekd_ray.prune import allocate, svd
 
 MODELS = {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sparsekd_ray.evaluate import speed
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import loading, spec
 from sparsekd_ray.model.mlp import MLP, layer_count, mlp_of, with_width, without_layers
 from sparsekd_ray.prune import allocate, neurons
 from sparsekd_ray.prune.depth import count
@@ -48,8 +48,8 @@ def table(
     for sparsity in sparsities:
         for kind, make in kinds.items():
             student = make(dense, sparsity)
-            size = loading.mlp_parameters(student)
-            gone = sparsity if kind == "masks" else 1 - size / loading.mlp_parameters(dense)
+            size = spec.mlp_parameters(student)
+            gone = sparsity if kind == "masks" else 1 - size / spec.mlp_parameters(dense)
             found = speed.compare(dense, student, prompt=PROMPT, new_tokens=NEW_TOKENS, repeats=repeats)
             reached = {f"{regime}_of_limit": found[f"{regime}_speedup"] / found[f"{regime}_limit"] for regime in
                        ("prefill", "decode")}  # fmt: skip
@@ -80,7 +80,7 @@ def model(shape: str, layers: int) -> Any:
 
 def low_rank(dense: Any, sparsity: float, gauge: bool) -> Any:
     """A student of uniform aligned ranks; random tensors in the places of the matrices."""
-    shapes, size = loading.shapes_from_config(dense), loading.mlp_parameters(dense)
+    shapes, size = spec.shapes_from_config(dense), spec.mlp_parameters(dense)
     flat = {name: np.ones(min(shape)) for name, shape in shapes.items()}
     ranks = allocate.choose("uniform", flat, shapes, sparsity, ALIGN, size, gauge=gauge)
     cut = {name: rank for name, rank in ranks.items() if rank is not None}
@@ -98,7 +98,7 @@ def low_rank(dense: Any, sparsity: float, gauge: bool) -> Any:
 
 def narrower(dense: Any, sparsity: float) -> Any:
     """A student of fewer neurons, the first ones."""
-    size, layers = loading.mlp_parameters(dense), layer_count(dense)
+    size, layers = spec.mlp_parameters(dense), layer_count(dense)
     width = neurons.width(size, sparsity, dense.config.hidden_size, layers, ALIGN)
     mlps = [mlp_of(dense, layer) for layer in range(layers)]
     return with_width(dense, [MLP(m.gate_ID[:width], m.up_ID[:width], m.down_DI[:, :width]) for m in mlps])

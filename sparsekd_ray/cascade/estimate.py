@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sparsekd_ray.config import Config, Shape
 from sparsekd_ray.model.hub import config_of
-from sparsekd_ray.model.loading import mlp_parameters, total_parameters
+from sparsekd_ray.model.spec import mlp_parameters, total_parameters
 
 GB = 1e9
 LOSS_ROWS = 512  # rows of logits alive in the loss, see distill/loss.py

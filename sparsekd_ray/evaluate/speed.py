@@ -14,26 +14,26 @@ from typing import Any
 
 import torch
 
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import spec
 
 
 def flops_per_token(config: Any, context: int) -> float:
     """Floating-point operations of a token in a prefill of `context` tokens, without the head."""
-    values = loading.config_dict(config)
+    values = spec.config_dict(config)
     table, layers, heads = (
         values["vocab_size"] * values["hidden_size"],
         values["num_hidden_layers"],
         _heads(values),
     )
-    weights = loading.total_parameters(values) - table * (1 if values.get("tie_word_embeddings") else 2)
+    weights = spec.total_parameters(values) - table * (1 if values.get("tie_word_embeddings") else 2)
     return 2 * weights + 4 * layers * heads * context / 2  # a token attends to half the context on average
 
 
 def bytes_per_token(config: Any, itemsize: int) -> float:
     """Bytes of weights that decoding one token of one sequence reads: all but an input embedding of its own."""
-    values = loading.config_dict(config)
+    values = spec.config_dict(config)
     table = values["vocab_size"] * values["hidden_size"]
-    return itemsize * (loading.total_parameters(values) - (0 if values.get("tie_word_embeddings") else table))
+    return itemsize * (spec.total_parameters(values) - (0 if values.get("tie_word_embeddings") else table))
 
 
 def limits(dense: Any, student: Any, context: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading, saving
+from sparsekd_ray.model import loading, saving, spec
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
 
@@ -76,7 +76,7 @@ def export(
     Raises ModelError if a directory does not load as its card says.
     """
     model = loading.load(source, dtype="auto")
-    low_rank, biased = loading.is_sparse(model), loading.mlp_form(model)[1]
+    low_rank, biased = spec.is_low_rank(model), spec.mlp_form(model)[1]
     variants: dict[Form, PreTrainedModel] = {"low-rank" if low_rank else "stock": model}
     metrics: dict[str, Any] = {}
     if biased:
@@ -95,7 +95,7 @@ def export(
 def _prove(model: PreTrainedModel, variant: PreTrainedModel, path: Path) -> dict[str, Any]:
     """Load a directory as its user does, compare the logits with those of `model`, and generate."""
     loader: Any = AutoModelForCausalLM
-    if loading.is_sparse(variant):
+    if spec.is_low_rank(variant):
         # What AutoModelForCausalLM does with trust_remote_code=True where this package is absent. Here it
         # would prefer the class registered by `checkpoint` and prove nothing about the shipped file.
         loader = get_class_from_dynamic_module(variant.config.auto_map["AutoModelForCausalLM"], str(path))

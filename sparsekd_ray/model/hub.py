@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsekd_ray.config import Model, Shape
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import loading, spec
 
 SHAPE_KEYS = {
     "hidden": "hidden_size",
@@ -39,7 +39,7 @@ def identify(model: Model) -> dict[str, Any]:
     directory = local_directory(model)
     if directory is None:
         return {"hub": model.path, "revision": model.revision}
-    loading.check_supported(directory)
+    spec.check_supported(directory)
     return {"files": {path.name: _sha256(path) for path in _files(directory)}}
 
 
@@ -49,11 +49,11 @@ def mlp_shapes(model: Model) -> dict[str, tuple[int, int]]:
         standin = model.standin
         values = {"model_type": standin.family, "hidden_size": standin.hidden}
         values |= {"intermediate_size": standin.intermediate, "num_hidden_layers": standin.layers}
-        return loading.shapes_from_config(values)
+        return spec.shapes_from_config(values)
     directory = local_directory(model)
     if directory is not None:
-        return loading.shapes_from_config(directory)
-    return loading.shapes_from_config(config_of(model.shape)) if model.shape else {}
+        return spec.shapes_from_config(directory)
+    return spec.shapes_from_config(config_of(model.shape)) if model.shape else {}
 
 
 def config_of(shape: Shape) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def config_of(shape: Shape) -> dict[str, Any]:
 def import_model(model: Model, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Copies the dense model into the store's directory `out`, so that every node reads the same bytes."""
     source = loading.resolve_dense(str(model.path), model.revision)
-    values = loading.config_dict(source)
-    loading.check_supported(values)
+    values = spec.config_dict(source)
+    spec.check_supported(values)
     if model.shape is not None:
         _check_shape(model.shape, values)
     for path in _files(source):
@@ -78,12 +78,12 @@ def import_model(model: Model, out: Path, say: Callable[[str], None]) -> dict[st
         shutil.copyfile(path, out / path.name)
     _check_tokenizer(out, values["vocab_size"])
     loading.load(out, dtype="auto")
-    return {"params": loading.total_parameters(values), "mlp_params": loading.mlp_parameters(values)}
+    return {"params": spec.total_parameters(values), "mlp_params": spec.mlp_parameters(values)}
 
 
 def _files(directory: Path) -> list[Path]:
     """Weights, configuration and tokenizer; never pickles, never code."""
-    names = ("config.json", "generation_config.json", *loading.TOKENIZER_FILES)
+    names = ("config.json", "generation_config.json", *spec.TOKENIZER_FILES)
     weights = sorted(directory.glob("model*.safetensors*"))
     if not weights:
         raise ModelError(f"{directory} holds no model*.safetensors: convert its weights to safetensors first")

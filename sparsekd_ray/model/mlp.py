@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import loading, spec
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")  # of a config, one entry for each layer
 LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -42,7 +42,7 @@ def mlp_weights(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter]:
     Raises ModelError if one of them is held as factors, or as anything but a linear layer without bias.
     """
     prefix = f"model.layers.{layer}.mlp."
-    names = [name for name in loading.shapes_from_config(model) if name.startswith(prefix)]
+    names = [name for name in spec.shapes_from_config(model) if name.startswith(prefix)]
     modules = {name: model.get_submodule(name) for name in names}
     for name, module in modules.items():
         if not isinstance(module, nn.Linear) or module.bias is not None:
@@ -144,7 +144,7 @@ def _common_width(model: PreTrainedModel, mlps: Sequence[MLP]) -> int:
 
 def _copied_state(model: PreTrainedModel, kept: Collection[int] | None = None) -> dict[str, torch.Tensor]:
     """Copies of all tensors outside the MLPs; with `kept`, of all tensors outside the other layers."""
-    if loading.is_sparse(model):
+    if spec.is_low_rank(model):
         raise ModelError("a low-rank model has no stock form with other layers: merge it first")
 
     def wanted(name: str) -> bool:
@@ -156,5 +156,5 @@ def _copied_state(model: PreTrainedModel, kept: Collection[int] | None = None) -
 
 def _rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor], **changes: Any) -> PreTrainedModel:
     like = copy.copy(model)  # the same module in every respect but its config
-    like.config = type(model.config).from_dict({**loading.config_dict(model), **changes})
+    like.config = type(model.config).from_dict({**spec.config_dict(model), **changes})
     return loading.rebuild(like, None, state)

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading, low_rank
+from sparsekd_ray.model import loading, low_rank, spec
 
 
 def logits_difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
@@ -24,16 +24,16 @@ def save(model: PreTrainedModel, tokenizer_dir: Path, out: Path, card: str) -> N
     Leaves the model in eval mode. Raises ModelError if there is no tokenizer or the proof fails.
     """
     out.mkdir(parents=True, exist_ok=True)
-    files = [file for name in loading.TOKENIZER_FILES if (file := Path(tokenizer_dir) / name).exists()]
+    files = [file for name in spec.TOKENIZER_FILES if (file := Path(tokenizer_dir) / name).exists()]
     if not files:
         raise ModelError(
-            f"{tokenizer_dir} has no tokenizer: expected one of {', '.join(loading.TOKENIZER_FILES)}"
+            f"{tokenizer_dir} has no tokenizer: expected one of {', '.join(spec.TOKENIZER_FILES)}"
         )
     for file in files:
         shutil.copyfile(file, out / file.name)
     model.save_pretrained(out, max_shard_size="5GB")
     (out / "README.md").write_text(card)
-    if loading.is_sparse(model):
+    if spec.is_low_rank(model):
         shutil.copyfile(low_rank.__file__, out / f"{loading.MODELLING_CODE}.py")
     reloaded = loading.load(out, dtype=model.dtype)
     meant, found = model.state_dict(), reloaded.state_dict()

@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Calibrate
 from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelError
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import loading, spec
 from sparsekd_ray.model.mlp import require_finite
 from sparsekd_ray.prune import statistics
 from sparsekd_ray.runtime.tasks import TaskMap
@@ -167,8 +167,8 @@ def check(manifest: dict[str, Any], model_fingerprint: str) -> None:
 
 
 def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bool) -> dict[str, Any]:
-    values = loading.config_dict(store.fetch(model, ["config.json"]))
-    family, rows = loading.check_supported(values), sample(store, texts, settings)
+    values = spec.config_dict(store.fetch(model, ["config.json"]))
+    family, rows = spec.check_supported(values), sample(store, texts, settings)
     count, length = tokens(rows).shape
     names = "\n".join(rows["sample_id"].to_pylist())
     return {

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sparsekd_ray.model import loading, low_rank
+from sparsekd_ray.model import loading, low_rank, spec
 from sparsekd_ray.model.cost import aligned_ranks, parameters
 from sparsekd_ray.prune import allocate, gauge, svd
 from sparsekd_ray.prune.task import Task, Tensors, naming, tensors_below
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 def plan(task: Task, each: TaskMap, say: Say) -> Plan:
     """Ranks of all matrices under the budget, which is checked before the first spectrum."""
     folder = task.folder()
-    shapes = loading.shapes_from_config(folder)
+    shapes = spec.shapes_from_config(folder)
     _choose(
         task,
         "uniform",
@@ -92,14 +92,14 @@ def _choose(
 
 def _present(task: Task, name: str, shape: tuple[int, int]) -> int:
     """The rank that a matrix has now."""
-    return loading.mlp_ranks(task.folder()).get(name, min(shape))
+    return spec.mlp_ranks(task.folder()).get(name, min(shape))
 
 
 def student(task: Task, each: TaskMap, say: Say) -> tuple[Any, dict[str, Any]]:
     """The low-rank model, and its ranks and predicted loss."""
     planned, model = plan(task, each, say), task.load()
-    held, gauged = loading.mlp_ranks(model), task.settings.storage == "gauge"
-    same_form = loading.mlp_form(model) == (gauged, task.settings.bias)
+    held, gauged = spec.mlp_ranks(model), task.settings.storage == "gauge"
+    same_form = spec.mlp_form(model) == (gauged, task.settings.bias)
     wanted = {name: rank or held.get(name) for name, rank in planned.ranks.items()}
     changed = {
         name: rank
@@ -122,7 +122,7 @@ def student(task: Task, each: TaskMap, say: Say) -> tuple[Any, dict[str, Any]]:
 def sparsity_at(task: Task, tau: float, each: TaskMap, say: Say) -> float:
     """The share of the dense model's MLP parameters that goes where every matrix keeps the smallest rank with `tau` of
     its energy, and stays as it is where that saves nothing (SparseKD's rule before there is a budget)."""
-    shapes, left = loading.shapes_from_config(task.folder()), 0
+    shapes, left = spec.shapes_from_config(task.folder()), 0
     form = (task.settings.storage == "gauge", task.settings.bias)
     for index, sigma_k in each(spectrum, [(task, name) for name in shapes]):
         name = list(shapes)[index]
@@ -139,7 +139,7 @@ def spectrum(task: Task, name: str) -> np.ndarray:
     W_mn, gram_nn, weight_m, _ = problem(task, name)
     with naming(name):
         sigma_k = svd.singular_values(W_mn, gram_nn, weight_m)
-    sigma_k = sigma_k[: loading.mlp_ranks(task.folder()).get(name)].cpu()
+    sigma_k = sigma_k[: spec.mlp_ranks(task.folder()).get(name)].cpu()
     task.publish(f"{name}.spectrum", {"sigma": sigma_k}, {})
     return sigma_k.numpy()
 
@@ -217,7 +217,7 @@ def _pairs(task: Task, shapes: Shapes) -> dict[str, tuple[str, str]]:
         return {}
     gates = [name for name in shapes if name.endswith("gate_proj")]
     pairs = {n.replace("gate_proj", "gate_up_proj"): (n, n.replace("gate_proj", "up_proj")) for n in gates}
-    held = loading.mlp_ranks(task.folder())
+    held = spec.mlp_ranks(task.folder())
     return {joint: pair for joint, pair in pairs.items() if not held.keys() & set(pair)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import spec
 from sparsekd_ray.model.cost import parameters
 from sparsekd_ray.prune import low_rank, structured
 from sparsekd_ray.prune.run import check_form
@@ -38,7 +38,7 @@ def total(rows: list[Row]) -> Row:
 
 
 def _low_rank(task: Task, plan: low_rank.Plan) -> list[Row]:
-    settings, held = task.settings, loading.mlp_ranks(task.folder())
+    settings, held = task.settings, spec.mlp_ranks(task.folder())
     rows = []
     for name, (m, n) in plan.shapes.items():
         rank = plan.ranks[name] or held.get(name)
@@ -49,7 +49,7 @@ def _low_rank(task: Task, plan: low_rank.Plan) -> list[Row]:
 
 
 def _narrower(task: Task) -> list[Row]:
-    values, width = loading.config_dict(task.folder()), structured.width_of(task)
+    values, width = spec.config_dict(task.folder()), structured.width_of(task)
     hidden, inner, layers = (values[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     return [
         _row(f"model.layers.{i}.mlp", f"{width} neurons", 3 * hidden * width, 3 * hidden * inner, None)
@@ -58,8 +58,8 @@ def _narrower(task: Task) -> list[Row]:
 
 
 def _shallower(task: Task) -> list[Row]:
-    shapes, dropped = loading.shapes_from_config(task.folder()), set(structured.layers_to_drop(task))
-    layers = loading.config_dict(task.folder())["num_hidden_layers"]
+    shapes, dropped = spec.shapes_from_config(task.folder()), set(structured.layers_to_drop(task))
+    layers = spec.config_dict(task.folder())["num_hidden_layers"]
     each = sum(m * n for m, n in shapes.values()) // layers
     return [
         _row(
@@ -75,7 +75,7 @@ def _shallower(task: Task) -> list[Row]:
 
 def _masked(task: Task) -> list[Row]:
     share = structured.share_of(task)
-    shapes = loading.shapes_from_config(task.folder())
+    shapes = spec.shapes_from_config(task.folder())
     return [
         _row(name, f"{share:.1%} zeros", m * n - round(share * m * n), m * n, None)
         for name, (m, n) in shapes.items()

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading, saving
+from sparsekd_ray.model import saving, spec
 from sparsekd_ray.prune import low_rank, structured
 from sparsekd_ray.prune.task import Task
 from sparsekd_ray.runtime.tasks import TaskMap
@@ -60,7 +60,7 @@ def prune(task: Task, each: TaskMap, say: Say) -> dict[str, Any]:
 
 def counts(out: Path, task: Task) -> dict[str, Any]:
     """Parameters of a finished directory against what was asked for."""
-    sizes = {name: math.prod(shape) for name, shape in loading.tensors_on_disk(out).items()}
+    sizes = {name: math.prod(shape) for name, shape in spec.tensors_on_disk(out).items()}
     order = sum(
         size for name, size in sizes.items() if name.endswith(".order")
     )  # a permutation, no parameters
@@ -77,7 +77,7 @@ def counts(out: Path, task: Task) -> dict[str, Any]:
 
 def _zeros(out: Path) -> int:
     """Masked entries of the MLP; none in a model without a mask."""
-    if not loading.config_dict(out).get("mlp_mask"):
+    if not spec.config_dict(out).get("mlp_mask"):
         return 0
     total = 0
     for path in sorted(out.glob("model*.safetensors")):
@@ -90,15 +90,15 @@ def _zeros(out: Path) -> int:
 def check_form(task: Task) -> None:
     """ModelError for what would be cut in half: stock methods need stock matrices, masks are not cut again by other
     methods, and biases are kept only by what adds some."""
-    values, method = loading.config_dict(task.folder()), task.settings.method
-    loading.check_supported(values)
+    values, method = spec.config_dict(task.folder()), task.settings.method
+    spec.check_supported(values)
     low_rank = method in ("svd", "svd-whitened")
-    if loading.is_sparse(values) and not low_rank:
+    if spec.is_low_rank(values) and not low_rank:
         raise ModelError(
             f"{task.folder()} is low-rank already, and {method} cuts stock models only: cut the dense model, or go on "
             "with svd or svd-whitened"
         )
-    if loading.mlp_form(values)[1] and not task.settings.bias:
+    if spec.mlp_form(values)[1] and not task.settings.bias:
         raise ModelError(
             f"{task.folder()} has biases in its low-rank matrices, which {method} without prune.bias would lose: go on "
             "with svd-whitened and prune.bias"

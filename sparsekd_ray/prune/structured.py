@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import spec
 from sparsekd_ray.model.mlp import MLP, layer_count, mlp_weights, view, with_width, without_layers
 from sparsekd_ray.prune import calibrate, depth, masks, neurons, sdm
 from sparsekd_ray.prune.task import Task, Tensors, tensors_below
@@ -48,7 +48,7 @@ def shallower(task: Task, each: TaskMap, say: Say) -> Made:
 
 def layers_to_drop(task: Task) -> list[int]:
     """As many layers as the sparsity comes nearest to."""
-    found, layers = task.stack(), loading.config_dict(task.folder())["num_hidden_layers"]
+    found, layers = task.stack(), spec.config_dict(task.folder())["num_hidden_layers"]
     number = depth.count(layers, share_of(task))
     if task.settings.drop == "block":
         return depth.block(found["angle"], number)
@@ -123,7 +123,7 @@ def important(task: Task, width: int) -> list[list[int]]:
 
 
 def _narrower(task: Task, width: int, kept: list[list[int]] | None, each: TaskMap, say: Say) -> Made:
-    layers = loading.config_dict(task.folder())["num_hidden_layers"]
+    layers = spec.config_dict(task.folder())["num_hidden_layers"]
     pieces = [(task, layer, width, kept and kept[layer]) for layer in range(layers)]
     for done, _ in enumerate(each(narrow, pieces), 1):
         say(f"{done}/{layers} layers cut to {width} neurons")
@@ -136,7 +136,7 @@ def _narrower(task: Task, width: int, kept: list[list[int]] | None, each: TaskMa
 
 def width_of(task: Task) -> int:
     """Neurons of every layer afterwards."""
-    values = loading.config_dict(task.folder())
+    values = spec.config_dict(task.folder())
     hidden, layers = values["hidden_size"], values["num_hidden_layers"]
     present = values["intermediate_size"]
     return neurons.width(
@@ -146,7 +146,7 @@ def width_of(task: Task) -> int:
 
 def share_of(task: Task) -> float:
     """The share of this model's MLP parameters to go, where sparsity is of the dense model's."""
-    return 1 - (1 - task.sparsity) * task.dense_mlp_params / loading.mlp_parameters(task.folder())
+    return 1 - (1 - task.sparsity) * task.dense_mlp_params / spec.mlp_parameters(task.folder())
 
 
 def _sequences(task: Task) -> torch.Tensor:

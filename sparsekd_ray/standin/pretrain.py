@@ -42,7 +42,7 @@ from sparsekd_ray import corpus
 from sparsekd_ray.config import Standin
 from sparsekd_ray.errors import CorpusError, IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, token_nll, window_nll
-from sparsekd_ray.model import loading, saving
+from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.standin.muon import Muon
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -316,7 +316,7 @@ def _metrics(run: _Run, rows_RL: np.ndarray, valid_RL: np.ndarray, settings: Sta
     tokens, recent = settings.steps * settings.batch * length, run.losses[-RECENT:]
     return {
         "params": loading.count_parameters(run.model),
-        "mlp_params": loading.mlp_parameters(run.model),
+        "mlp_params": spec.mlp_parameters(run.model),
         "tokens": tokens,
         "passes": settings.steps * settings.batch / len(rows_RL),
         "train_loss": math.fsum(recent) / len(recent),

@@ -28,7 +28,7 @@ from ray.data import ActorPoolStrategy
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Execution, Teacher
 from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import loading, spec
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards, threshold
 from sparsekd_ray.teacher.codec import LARGEST_ID
@@ -101,7 +101,7 @@ def capture(
 ) -> dict[str, Any]:
     """Fills `out`'s working directory with shards and manifest; returns the metrics for its record."""
     source = corpus.read_manifest(store.fetch(texts, [corpus.MANIFEST]))
-    vocab_size = loading.config_dict(store.fetch(teacher, ["config.json"]))["vocab_size"]
+    vocab_size = spec.config_dict(store.fetch(teacher, ["config.json"]))["vocab_size"]
     manifest = _manifest(source, vocab_size, teacher, texts, settings)
     manifest["dtype"] = "bfloat16" if execution.gpus else "float32"
     tokens = _tokens_by_shard(store.fetch(texts), source, manifest)

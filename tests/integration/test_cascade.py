@@ -67,18 +67,18 @@ def test_a_finished_run_has_all_it_promises(finished):
 
 
 def test_a_mask_is_the_same_after_distillation(finished):
-    from sparsekd_ray.model import loading
+    from sparsekd_ray.model import loading, spec
 
     steps = {step.name: step for step in job.preflight(tiny(finished.root))}
     pruned, trained = (loading.load(finished.fetch(steps[n].ref)) for n in ("wanda 30% pruned", "wanda 30%"))
-    for name in loading.shapes_from_config(pruned):
+    for name in spec.shapes_from_config(pruned):
         before, after = (model.get_submodule(name).weight for model in (pruned, trained))
         assert ((before == 0) == (after == 0)).all() and (before != after).any()
     assert trained.config.mlp_mask == "wanda"
 
 
 def test_the_pruned_size_is_that_of_the_files(finished):
-    from sparsekd_ray.model.loading import tensors_on_disk
+    from sparsekd_ray.model.spec import tensors_on_disk
 
     step = next(s for s in job.preflight(tiny(finished.root)) if s.name == "round 1 pruned")
     record = finished.record(step.ref)

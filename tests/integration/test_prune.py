@@ -16,7 +16,7 @@ from models import FAMILIES
 from pruning import DENSE, LOW_RANK, PREDICTED, SETTINGS, TEXTS, elements, finish
 
 from sparsekd_ray.config import Execution, Prune
-from sparsekd_ray.model import loading, saving
+from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.prune import calibrate, low_rank, svd
 from sparsekd_ray.prune.run import prune
 from sparsekd_ray.prune.task import Task
@@ -64,11 +64,11 @@ def test_counts_are_those_of_the_files(name: str, family: str, store: Store) -> 
     model = loading.load(folder)
     assert facts["params"] == loading.count_parameters(model)
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
-    assert loading.is_sparse(folder) == (name in LOW_RANK)
+    assert spec.is_low_rank(folder) == (name in LOW_RANK)
     assert getattr(model.config, "mlp_mask", None) == (name if masked else None)
     if name in LOW_RANK:
         ranks = {key: rank for key, rank in facts["ranks"].items() if rank is not None}
-        assert ranks == loading.mlp_ranks(folder)
+        assert ranks == spec.mlp_ranks(folder)
     assert (facts.get("predicted_loss") is not None) == (name in PREDICTED or "width" in facts)
 
 
@@ -141,11 +141,11 @@ def test_a_second_round_goes_on_from_the_low_rank_student(
     folder = store.fetch(two.out)
     assert facts["mlp_params"] == elements(folder, ".mlp.")[0]
     assert abs(facts["sparsity"] - 0.55) <= step(two) / 2
-    held = loading.mlp_ranks(store.fetch(one.out))
-    ranks = loading.mlp_ranks(folder)
+    held = spec.mlp_ranks(store.fetch(one.out))
+    ranks = spec.mlp_ranks(folder)
     assert all(rank <= held.get(name, 99) for name, rank in ranks.items()) and set(held) <= set(ranks)
     form = SETTINGS[second]
-    assert loading.mlp_form(folder) == (form.storage == "gauge", form.bias)
+    assert spec.mlp_form(folder) == (form.storage == "gauge", form.bias)
     if second in PREDICTED:
         assert facts["predicted_loss"] == pytest.approx(
             sum(measured_loss(store, two, ranks).values()), rel=1e-3
@@ -161,7 +161,7 @@ def test_gauge_and_factors_of_one_rank_are_one_matrix(store: Store) -> None:
         asked = pruning.task(store, DENSE["phi3"], f"same.{name}", settings, sparsity)
         assert set(finish(asked)["ranks"].values()) == {12}
         model = loading.load(store.fetch(asked.out))
-        products[name] = {n: loading.mlp_matrix(model, n) for n in loading.mlp_ranks(model)}
+        products[name] = {n: loading.mlp_matrix(model, n) for n in spec.mlp_ranks(model)}
     for name, matrix in products["factors"].items():
         torch.testing.assert_close(products["gauge"][name], matrix, rtol=1e-4, atol=1e-5)
 
@@ -259,7 +259,7 @@ def test_a_piece_of_another_rank_is_made_again(store: Store) -> None:
     low_rank.factors(asked, name, 3)
     finish(asked)
     model = loading.load(store.fetch(asked.out))
-    assert model.get_submodule(f"{name}.A").weight.shape[0] == loading.mlp_ranks(model)[name] != 3
+    assert model.get_submodule(f"{name}.A").weight.shape[0] == spec.mlp_ranks(model)[name] != 3
 
 
 def test_spread_over_ray_the_bytes_are_the_same(store: Store, cluster: None) -> None:
@@ -314,7 +314,7 @@ def test_masks_are_held_through_a_distillation(store: Store, cluster: None) -> N
 def test_an_energy_stands_for_the_sparsity_at_which_its_ranks_come_out(store: Store) -> None:
     settings = Prune(method="svd-whitened", allocation="energy")
     asked = pruning.task(store, DENSE["phi3"], "energy", settings, 0.5)
-    shapes = loading.shapes_from_config(asked.folder())
+    shapes = spec.shapes_from_config(asked.folder())
     ranks = {n: svd.energy_rank(torch.from_numpy(low_rank.spectrum(asked, n)), 0.7) for n in shapes}
     sparsity = low_rank.sparsity_at(asked, 0.7, map_local, lambda text: None)
     planned = low_rank.plan(dataclasses.replace(asked, sparsity=sparsity), map_local, lambda text: None)

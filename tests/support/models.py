@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from sparsekd_ray.model import loading, saving
+from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.prune.gauge import gauge
 from sparsekd_ray.prune.svd import truncated_factors
 
@@ -71,7 +71,7 @@ def student_of(
 ) -> tuple[Any, Any]:
     """A low-rank model, and the dense model whose MLP matrices are its products (with biases where it has them)."""
     dense = dense_model(form.family, tied, **more)
-    names = list(loading.shapes_from_config(dense))
+    names = list(spec.shapes_from_config(dense))
     if form.joint:
         last = f"model.layers.{dense.config.num_hidden_layers - 1}.mlp."
         names = [name for name in names if name not in (f"{last}gate_proj", f"{last}up_proj")]
@@ -104,7 +104,7 @@ def low_rank_tensors(form: Form, name: str, W_mn: torch.Tensor, rank: int) -> di
 
 def parts_of(dense: transformers.PreTrainedModel, name: str) -> list[str]:
     """The stock matrices that a low-rank one stands for."""
-    if name in loading.shapes_from_config(dense):
+    if name in spec.shapes_from_config(dense):
         return [name]
     return [name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
 

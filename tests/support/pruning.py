@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from sparsekd_ray.config import Calibrate, Prune
 from sparsekd_ray.corpus.shards import MANIFEST, domain_table, read_shard, write_shards
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import loading, spec
 from sparsekd_ray.prune import calibrate
 from sparsekd_ray.prune.run import prune
 from sparsekd_ray.prune.task import Task
@@ -115,7 +115,7 @@ def task(
     if settings.method == "sdm":
         inputs["cache"] = cache(store, dense or model)
     out = Ref("prune", settings.method, name)
-    size = loading.mlp_parameters(store.fetch(dense or model))
+    size = spec.mlp_parameters(store.fetch(dense or model))
     return Task(store, model, out, settings, sparsity, size, CALIBRATE, **inputs | more)
 
 

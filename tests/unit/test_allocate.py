@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsekd_ray.errors import ConfigError
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import spec
 from sparsekd_ray.model.cost import aligned_ranks, parameters
 from sparsekd_ray.prune import allocate, knapsack
 from sparsekd_ray.prune.allocate import TOLERANCE, Rule, choose, losses, max_sparsity, protected_names
@@ -29,7 +29,7 @@ def matrices(family: str, hidden: int, inner: int, layers: int) -> dict[str, Sha
         "intermediate_size": inner,
         "num_hidden_layers": layers,
     }
-    return loading.shapes_from_config(values)
+    return spec.shapes_from_config(values)
 
 
 def size(shapes: Mapping[str, Shape]) -> int:

@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, dense_directory, dense_model, logits
 
 from sparsekd_ray.errors import ConfigError, ModelError
-from sparsekd_ray.model import loading, saving
+from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.model.mlp import layer_count, without_layers
 from sparsekd_ray.prune import depth
 
@@ -89,7 +89,7 @@ def test_dropping_layers_is_skipping_them(kind: str, dropped: list[int]) -> None
     assert type(shorter) is type(model) and layer_count(shorter) == 4 - len(dropped)
     assert [layer.self_attn.layer_idx for layer in shorter.model.layers] == list(range(layer_count(shorter)))
     assert list(getattr(shorter.config, "layer_types", None) or []) == expected_types
-    assert shorter.num_parameters() == loading.total_parameters(shorter)
+    assert shorter.num_parameters() == spec.total_parameters(shorter)
 
     def skip(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         return inputs[0]

@@ -14,7 +14,7 @@ import transformers
 from models import FAMILIES, FORMS, dense_directory, logits, student_of
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import export, loading, saving
+from sparsekd_ray.model import export, loading, saving, spec
 
 torch.set_num_threads(1)
 
@@ -91,7 +91,7 @@ def stock_student(family: str, kind: str, path: Path) -> Path:
     source = dense_directory(path.with_name(f"{path.name}-dense"), family, kind == "narrower", **sizes[kind])
     model = loading.load(source)
     if kind == "masked":
-        for name in loading.shapes_from_config(model):
+        for name in spec.shapes_from_config(model):
             model.get_submodule(name).weight.data[:, ::2] = 0
         model.config.mlp_mask = "wanda"
     saving.save(model, source, path, "card")
@@ -139,7 +139,7 @@ def test_exports_load_where_this_package_is_not(
         low_rank = path.name == "low-rank"
         assert ("trust_remote_code" in found["refusal"]) == low_rank
         assert all(name.startswith("transformers_modules.") == low_rank for name in found["classes"])
-        counted = loading.total_parameters(path)
+        counted = spec.total_parameters(path)
         assert found["params"] == counted and (path.name == "merged" or counted == ours.num_parameters())
         for key in ("logits", "base logits"):
             torch.testing.assert_close(torch.tensor(found[key]), logits(ours), atol=1e-5, rtol=1e-5)

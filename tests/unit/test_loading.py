@@ -23,7 +23,7 @@ from models import (
 )
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading, saving
+from sparsekd_ray.model import loading, saving, spec
 
 torch.set_num_threads(1)
 
@@ -39,10 +39,10 @@ def test_counts_from_the_config_are_those_of_the_model(family: str, tied: bool, 
         for name, module in model.named_modules()
         if ".mlp." in name and isinstance(module, torch.nn.Linear)
     }
-    assert loading.shapes_from_config(model.config) == shapes == loading.shapes_from_config(model)
-    assert list(loading.shapes_from_config(model.config)) == list(shapes)
-    assert loading.total_parameters(model.config) == model.num_parameters() == loading.count_parameters(model)
-    assert loading.mlp_parameters(model) == sum(m * n for m, n in shapes.values())
+    assert spec.shapes_from_config(model.config) == shapes == spec.shapes_from_config(model)
+    assert list(spec.shapes_from_config(model.config)) == list(shapes)
+    assert spec.total_parameters(model.config) == model.num_parameters() == loading.count_parameters(model)
+    assert spec.mlp_parameters(model) == sum(m * n for m, n in shapes.values())
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -55,13 +55,13 @@ def test_counts_of_low_rank_models_follow_from_the_config_too(form: Form, tied: 
         for name in sparse.state_dict()
         if ".mlp." in name
     }
-    shapes = loading.shapes_from_config(values)
-    assert set(shapes) == held and list(shapes) == list(loading.shapes_from_config(sparse))
+    shapes = spec.shapes_from_config(values)
+    assert set(shapes) == held and list(shapes) == list(spec.shapes_from_config(sparse))
     assert shapes == {name: tuple(loading.mlp_matrix(sparse, name).shape) for name in shapes}
-    assert loading.total_parameters(values) == sparse.num_parameters()
+    assert spec.total_parameters(values) == sparse.num_parameters()
     mlp = sum(p.numel() for name, p in sparse.named_parameters() if ".mlp." in name)
-    assert loading.mlp_parameters(sparse) == mlp < loading.mlp_parameters(dense_model(form.family, tied))
-    assert loading.mlp_form(values) == loading.mlp_form(sparse) == (form.gauge, form.bias)
+    assert spec.mlp_parameters(sparse) == mlp < spec.mlp_parameters(dense_model(form.family, tied))
+    assert spec.mlp_form(values) == spec.mlp_form(sparse) == (form.gauge, form.bias)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -97,17 +97,17 @@ def test_counts_of_published_models() -> None:
         "vocab_size": 200064,
         "tie_word_embeddings": True,
     }
-    assert loading.total_parameters(phi) == 3_836_021_760
-    assert loading.mlp_parameters(phi) == 2_415_919_104
+    assert spec.total_parameters(phi) == 3_836_021_760
+    assert spec.mlp_parameters(phi) == 2_415_919_104
     qwen = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
     qwen |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-    assert loading.total_parameters(qwen | {"tie_word_embeddings": True}) == 596_049_920
-    assert loading.mlp_parameters(qwen) == 264_241_152
+    assert spec.total_parameters(qwen | {"tie_word_embeddings": True}) == 596_049_920
+    assert spec.mlp_parameters(qwen) == 264_241_152
 
 
 def test_attention_biases_and_head_sizes_are_counted() -> None:
     model = dense_model("qwen3", False, attention_bias=True, head_dim=12)
-    assert loading.total_parameters(model) == model.num_parameters()
+    assert spec.total_parameters(model) == model.num_parameters()
 
 
 def test_planning_needs_neither_torch_nor_transformers() -> None:
@@ -129,13 +129,13 @@ def test_planning_needs_neither_torch_nor_transformers() -> None:
 )
 def test_what_is_not_supported_is_named(values: dict[str, Any], found: str) -> None:
     with pytest.raises(ModelError, match=re.escape(found) + ".*supported are .*phi3, qwen3, sparsekd_phi3"):
-        loading.check_supported(values)
+        spec.check_supported(values)
 
 
 def test_supported_families() -> None:
     types = ("phi3", "qwen3", "sparsekd_phi3", "sparsekd_qwen3")
-    assert [loading.check_supported({"model_type": t, "mlp_bias": False}) for t in types] == [*FAMILIES] * 2
-    assert loading.check_supported({"model_type": "sparsekd_qwen3", "mlp_bias": True}) == "qwen3"
+    assert [spec.check_supported({"model_type": t, "mlp_bias": False}) for t in types] == [*FAMILIES] * 2
+    assert spec.check_supported({"model_type": "sparsekd_qwen3", "mlp_bias": True}) == "qwen3"
 
 
 # loading
@@ -146,7 +146,7 @@ def test_a_directory_without_config_or_sizes_is_refused(tmp_path: Path) -> None:
         loading.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "phi3", "hidden_size": "wide"}')
     with pytest.raises(ModelError, match="no whole number for hidden_size, intermediate_size"):
-        loading.shapes_from_config(tmp_path)
+        spec.shapes_from_config(tmp_path)
 
 
 def test_resolve_takes_directories_and_explains_failure(
@@ -205,7 +205,7 @@ def test_a_header_cut_short_is_named(tmp_path: Path) -> None:
     for content in (b"", (1 << 60).to_bytes(8, "little") + b'{"a": '):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(ModelError, match=r"model\.safetensors is cut short"):
-            loading.tensors_on_disk(tmp_path)
+            spec.tensors_on_disk(tmp_path)
 
 
 # saving
@@ -213,7 +213,7 @@ def test_a_header_cut_short_is_named(tmp_path: Path) -> None:
 
 def low_rank_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """The same model with a product of rank 3 in the place of its first MLP matrix."""
-    name = next(iter(loading.shapes_from_config(model)))
+    name = next(iter(spec.shapes_from_config(model)))
     tensors = low_rank_tensors(Form("any"), name, loading.mlp_matrix(model, name), 3)
     state = {key: tensor for key, tensor in model.state_dict().items() if key != f"{name}.weight"}
     state |= {key: tensor.to(model.dtype) for key, tensor in tensors.items()}
@@ -298,10 +298,10 @@ def test_a_rebuilt_model_takes_all_its_tensors_and_no_others(family: str) -> Non
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_rebuilt_model_keeps_its_form_unless_told(form: Form) -> None:
     sparse, _ = student_of(form)
-    again = loading.rebuild(sparse, loading.mlp_ranks(sparse), sparse.state_dict())
-    assert loading.mlp_form(again) == (form.gauge, form.bias) and torch.equal(logits(again), logits(sparse))
+    again = loading.rebuild(sparse, spec.mlp_ranks(sparse), sparse.state_dict())
+    assert spec.mlp_form(again) == (form.gauge, form.bias) and torch.equal(logits(again), logits(sparse))
     with pytest.raises(ModelError, match="rebuilt model does not"):
-        loading.rebuild(sparse, loading.mlp_ranks(sparse), sparse.state_dict(), gauge=not form.gauge)
+        loading.rebuild(sparse, spec.mlp_ranks(sparse), sparse.state_dict(), gauge=not form.gauge)
 
 
 def test_what_else_a_config_says_survives(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_what_else_a_config_says_survives(tmp_path: Path) -> None:
     model.config.mlp_mask = "wanda"
     saving.save(model, source, tmp_path / "masked", "card")
     again = loading.load(tmp_path / "masked")
-    assert again.config.mlp_mask == loading.config_dict(tmp_path / "masked")["mlp_mask"] == "wanda"
+    assert again.config.mlp_mask == spec.config_dict(tmp_path / "masked")["mlp_mask"] == "wanda"
     assert loading.rebuild(again, None, again.state_dict()).config.mlp_mask == "wanda"
     assert low_rank_copy(again).config.mlp_mask == "wanda"
 

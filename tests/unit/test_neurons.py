@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, dense_directory, dense_model, logits
 
 from sparsekd_ray.errors import ConfigError, ModelError
-from sparsekd_ray.model import loading, saving
+from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.model.low_rank import LowRankLinear
 from sparsekd_ray.model.mlp import MLP, mlp_of, view, with_mlps, with_width
 from sparsekd_ray.prune import neurons
@@ -337,7 +337,7 @@ def test_narrower_model_is_the_model_with_neurons_off(
     ]
     narrow = with_width(model, sliced)
     assert type(narrow) is type(model) and narrow.config.intermediate_size == 6
-    assert narrow.dtype == dtype and narrow.num_parameters() == loading.total_parameters(narrow)
+    assert narrow.dtype == dtype and narrow.num_parameters() == spec.total_parameters(narrow)
     off = [MLP(*(part.clone() for part in mlp_of(model, i))) for i in range(3)]
     for mlp in off:
         mlp.down_DI[:, [i for i in range(45) if i not in K]] = 0

@@ -9,7 +9,7 @@ from models import FAMILIES
 from pruning import DENSE, PREDICTED, SETTINGS, elements, finish
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import spec
 from sparsekd_ray.prune import preview
 from sparsekd_ray.prune.task import Task
 from sparsekd_ray.runtime.tasks import map_local
@@ -55,7 +55,7 @@ def test_the_table_of_a_second_round(storage: str, store: Store) -> None:
     two = pruning.task(store, one.out, f"two.{storage}", settings, 0.5, dense=DENSE["phi3"])
     rows = preview.table(two, map_local, lambda text: None)
     assert preview.total(rows)["parameters"] == finish(two)["mlp_params"]
-    ranks = loading.mlp_ranks(store.fetch(two.out))
+    ranks = spec.mlp_ranks(store.fetch(two.out))
     assert {row["matrix"]: row["becomes"] for row in rows} == {
         row["matrix"]: f"rank {ranks[row['matrix']]}" if row["matrix"] in ranks else "dense" for row in rows
     }

@@ -22,7 +22,7 @@ from sparsekd_ray import errors
 from sparsekd_ray.config import Model, Standin
 from sparsekd_ray.corpus import read_rows
 from sparsekd_ray.corpus.shards import domain_table, write_shards
-from sparsekd_ray.model import hub, loading
+from sparsekd_ray.model import hub, spec
 from sparsekd_ray.standin import pretrain
 from sparsekd_ray.standin.muon import QUINTIC, STEPS, Muon, orthogonalise
 
@@ -293,7 +293,7 @@ def test_a_qwen3_stand_in_is_a_stock_qwen3(texts: Path, trained_qwen: tuple[Path
     assert sum(p.numel() for p in model.parameters()) == metrics["params"]
     assert sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name) == metrics["mlp_params"]
     stated = hub.mlp_shapes(Model(standin=QWEN))
-    assert stated == loading.shapes_from_config(out) and len(stated) == 2 * 3
+    assert stated == spec.shapes_from_config(out) and len(stated) == 2 * 3
     assert "Qwen3's architecture" in (out / "README.md").read_text()
 
 

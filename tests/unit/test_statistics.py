@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import loading, spec
 from sparsekd_ray.prune import statistics
 
 torch.set_num_threads(1)
@@ -47,7 +47,7 @@ def some_model(family: str, form: str) -> Any:
 
 
 def low_rank(model: Any) -> Any:
-    ranks = dict.fromkeys(loading.shapes_from_config(model), 5)
+    ranks = dict.fromkeys(spec.shapes_from_config(model), 5)
     del ranks[list(ranks)[1]]
     state = model.state_dict()
     for name, rank in ranks.items():

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _get_parameter_plan
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsekd_ray.model import loading, low_rank, saving
+from sparsekd_ray.model import low_rank, saving, spec
 
 torch.set_num_threads(1)
 
@@ -58,7 +58,7 @@ def mlp_linears(base: nn.Module) -> dict[str, nn.Linear]:
 def test_auto_model_loads_the_base_model_from_an_exported_directory(form: Form, tmp_path: Path) -> None:
     student, _ = student_of(form)
     saving.save(student, dense_directory(tmp_path / "dense", form.family, True), tmp_path / "out", "card")
-    auto_map = loading.config_dict(tmp_path / "out")["auto_map"]
+    auto_map = spec.config_dict(tmp_path / "out")["auto_map"]
     stem = f"modeling_sparsekd.Sparse{form.family.title()}"
     assert auto_map["AutoModel"] == f"{stem}Model" and auto_map["AutoConfig"] == f"{stem}Config"
     base, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
