@@ -23,10 +23,7 @@ import tyro
 
 from sparsekd_ray import cli
 from sparsekd_ray.errors import SparseKDError
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
+from sparsekd_ray.runtime.logging import headline, setup
 
 
 def cache_size(store: str, sequences: int = 32, real_sequences: int = 256) -> dict[str, Any]:
@@ -37,13 +34,13 @@ def cache_size(store: str, sequences: int = 32, real_sequences: int = 256) -> di
     """
     from benchmarks import cache, trained
 
-    made = cache.of_synthetic(sequences, say)
+    made = cache.of_synthetic(sequences)
     demo = trained.open_store(store)
     teacher, students = (
         demo.model("dense+kd"),
         {"round 3 pruned": demo.model("round 3 pruned"), "round 2": demo.model("round 2")},
     )
-    real, angles = cache.of_model(teacher, students, demo.rows(real_sequences), real_sequences // 2, say)
+    real, angles = cache.of_model(teacher, students, demo.rows(real_sequences), real_sequences // 2)
     cli.table([{"of": "synthetic"} | made, {"of": "trained"} | {key: real[key] for key in made}])
     cli.table(angles)
     worst = {
@@ -72,7 +69,7 @@ def capture(pairs: int = 3, sequences: int = 384) -> dict[str, Any]:
     """
     from benchmarks import capture as measured
 
-    figures = measured.ratios(pairs, sequences, say)
+    figures = measured.ratios(pairs, sequences)
     cli.table([{key: value for key, value in figures.items() if not isinstance(value, list)}])
     return figures
 
@@ -88,7 +85,7 @@ def signals(
     """
     from benchmarks import signals as trainings
 
-    rows = trainings.compare(store, seeds, steps, temperature, say)
+    rows = trainings.compare(store, seeds, steps, temperature)
     cli.table(rows)
     return {"rows": rows}
 
@@ -100,7 +97,7 @@ def prune(models: str = "phi4-mini,qwen3-0.6b", processes: int = 2) -> dict[str,
     """
     from benchmarks import prune as measured
 
-    figures = measured.factorisations(models, processes, say)
+    figures = measured.factorisations(models, processes)
     cli.table([{"figure": key, "value": value} for key, value in figures.items()])
     return figures
 
@@ -119,7 +116,7 @@ def speed(
     """
     from benchmarks import speed as measured
 
-    rows = measured.table(shape, layers, sparsities, repeats, say)
+    rows = measured.table(shape, layers, sparsities, repeats)
     cli.table(rows)
     return {"shape": shape, "layers": layers, "rows": rows}
 
@@ -133,11 +130,12 @@ def main() -> int:
         "prune": prune,
         "speed": speed,
     }
+    setup()
     try:
         figures: Any = tyro.extras.subcommand_cli_from_dict(jobs, description=__doc__)
     except SparseKDError as error:
         return cli.fail(error)
-    say(f"RESULT {json.dumps(figures)}")
+    headline(f"RESULT {json.dumps(figures)}")
     return 0
 
 

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import synthetic
 from benchmarks.gradient import Chunks, Gradient, angles, kl_gradient, samples
+from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.forward import Forward, joined_signals, tokens
 from sparsekd_ray.teacher.signal import Target, TopK, tempered, topk
@@ -24,7 +25,6 @@ TEMPERATURES = (1.0, 2.0, 4.0)
 BUDGET = 15.75
 """Bytes per token of a sample: a quarter below what it may take, since its threshold is set on a pilot."""
 CHUNK = 4  # sequences of the trained teacher at once
-Say = Callable[[str], None]
 
 
 def manifest(signal: str, codec: str, temperatures: tuple[float, ...], vocabulary: int) -> dict[str, Any]:
@@ -86,18 +86,18 @@ def sampled_threshold(
     return found, size(found, None)
 
 
-def of_synthetic(sequences: int, say: Say) -> dict[str, float]:
+def of_synthetic(sequences: int) -> dict[str, float]:
     """Both signals of synthetic logits at V = 200,064; the student of the gradient knows the prior, not the context."""
     chunks, rows = synthetic_chunks(sequences), synthetic.rows(sequences, LENGTH, VOCABULARY)
     figures = topk_figures(chunks, rows, VOCABULARY)
-    say(f"synthetic, V = {VOCABULARY:,}: top-k {figures['topk_bytes_per_token']:.1f} bytes per token")
+    headline(f"synthetic, V = {VOCABULARY:,}: top-k {figures['topk_bytes_per_token']:.1f} bytes per token")
     about = manifest("sampled", "compact", (1.0,), VOCABULARY)
     threshold, size = sampled_threshold(chunks, 4, rows, about)
-    say(f"synthetic: sample of {size:.1f} bytes per token at threshold {threshold:.3f}")
+    headline(f"synthetic: sample of {size:.1f} bytes per token at threshold {threshold:.3f}")
     head_VD, student = _synthetic_student(sequences)
     gradient = kl_gradient(student, head_VD, [head_VD], 1.0)
     (measured,) = angles(chunks, threshold, 1.0, gradient, (sequences,))
-    say(f"synthetic, {sequences * (LENGTH - 1):,} positions: {measured['angle_deg']:.2f}°")
+    headline(f"synthetic, {sequences * (LENGTH - 1):,} positions: {measured['angle_deg']:.2f}°")
     return figures | {f"sampled_{k}": v for k, v in measured.items()} | {"sampled_bytes_per_token": size}
 
 
@@ -115,7 +115,7 @@ def _synthetic_student(sequences: int) -> tuple[torch.nn.Parameter, Callable[[in
 
 
 def of_model(
-    teacher: Any, students: dict[str, Any], rows: pa.Table, batch: int, say: Say
+    teacher: Any, students: dict[str, Any], rows: pa.Table, batch: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Both signals of a trained teacher on real text; a sample's gradient for every student, at batches of `batch`
     sequences and of an eighth of it. The main figures are those of the first student at T = 1, at the larger one."""
@@ -127,7 +127,9 @@ def of_model(
 
     vocabulary, table = teacher.config.vocab_size, list[dict[str, Any]]()
     figures = topk_figures(chunks, rows, vocabulary)
-    say(f"trained teacher, V = {vocabulary:,}: top-k {figures['topk_bytes_per_token']:.1f} bytes per token")
+    headline(
+        f"trained teacher, V = {vocabulary:,}: top-k {figures['topk_bytes_per_token']:.1f} bytes per token"
+    )
     for temperature in (1.0, 2.0):
         about = manifest("sampled", "compact", (temperature,), vocabulary)
         threshold, size = sampled_threshold(chunks, len(chunks_bL) // 4, rows, about)
@@ -140,7 +142,9 @@ def of_model(
                 positions = many * CHUNK * (LENGTH - 1)
                 table.append({"student": name, "temperature": temperature, "positions": positions,
                               "sampled_bytes_per_token": size, **measured})  # fmt: skip
-                say(f"  T = {temperature:g}, {name}, {positions:,} positions: {measured['angle_deg']:.2f}°")
+                headline(
+                    f"  T = {temperature:g}, {name}, {positions:,} positions: {measured['angle_deg']:.2f}°"
+                )
     main = {f"sampled_{key}": table[0][key] for key in ("angle_deg", "norm_ratio")}
     return figures | main | {"sampled_bytes_per_token": table[0]["sampled_bytes_per_token"]}, table
 

@@ -7,8 +7,6 @@ the bare passes before and after it, since the speed of a shared machine drifts.
 of CPU time, of all processes that a capture needs but for an S3 server: the ratio where nobody else computes.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import multiprocessing
@@ -35,6 +33,7 @@ from sparsekd_ray import corpus
 from sparsekd_ray.config import Execution, Teacher
 from sparsekd_ray.corpus.shards import MANIFEST, write_shards
 from sparsekd_ray.model import loading
+from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher.forward import SEQUENCES, Forward, tokens
 
@@ -47,7 +46,7 @@ SIZES = {
 TEACHER, TEXTS = Ref("dense", "random", "aa"), Ref("corpus", "random", "bb")
 
 
-def ratios(pairs: int, sequences: int, say: Callable[[str], None]) -> dict[str, Any]:
+def ratios(pairs: int, sequences: int) -> dict[str, Any]:
     """Medians over `pairs` of tokens per second, and of capture over bare within each pair."""
     measured: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder) / "s3") as bucket, _ray():
@@ -64,7 +63,7 @@ def ratios(pairs: int, sequences: int, say: Callable[[str], None]) -> dict[str, 
                 measured["bare"].append(bare)
                 for name, figure in figures.items():
                     measured[f"{name}{end}"].append(figure)
-                say(
+                headline(
                     f"pair {pair + 1}{end}: bare {bare:,.0f} tokens/s, capture {steady:,.0f} ({steady / bare:.3f}; by "
                     f"CPU time {cpu / bare_cpu:.3f}), with start-up {whole:,.0f}"
                 )
@@ -134,10 +133,9 @@ def _captured(store: Store, out: Ref) -> tuple[float, float, float]:
     from sparsekd_ray.teacher.capture import capture
 
     moments = [(time.perf_counter(), _cpu_seconds())]
-    capture(
-        TEACHER, TEXTS, out, settings=Teacher(codec="compact"), store=store, execution=Execution(actors=CORES),
-        say=lambda line: moments.append((time.perf_counter(), _cpu_seconds())),
-    )  # fmt: skip
+    with _each_line(lambda: moments.append((time.perf_counter(), _cpu_seconds()))):
+        settings, execution = Teacher(codec="compact"), Execution(actors=CORES)
+        capture(TEACHER, TEXTS, out, settings=settings, store=store, execution=execution)
     finished, cpu = np.array(moments).T
     first, last = CORES, len(finished) - 1 - CORES
     tokens_between = (last - first) * SHARD_ROWS * LENGTH
@@ -147,6 +145,18 @@ def _captured(store: Store, out: Ref) -> tuple[float, float, float]:
         whole,
         tokens_between / (cpu[last] - cpu[first]),
     )
+
+
+@contextmanager
+def _each_line(note: Callable[[], None]) -> Iterator[None]:
+    """Calls `note` at every log line of the capture: one per finished shard."""
+    handler, source = logging.Handler(), logging.getLogger("sparsekd_ray.teacher.capture")
+    handler.emit = lambda record: note()  # type: ignore[method-assign]
+    source.addHandler(handler)
+    try:
+        yield
+    finally:
+        source.removeHandler(handler)
 
 
 def _cpu_seconds() -> float:

@@ -20,6 +20,7 @@ import torch
 
 from sparsekd_ray.model.spec import shapes_from_config
 from sparsekd_ray.prune import allocate, svd
+from sparsekd_ray.runtime.logging import headline
 
 MODELS = {
     "phi4-mini": {
@@ -31,21 +32,19 @@ MODELS = {
 }  # fmt: skip
 SPARSITY, ALIGN, EACH = 0.15, 64, 4  # EACH: factorisations per process in the measurement of efficiency
 
-Say = Callable[[str], None]
 
-
-def factorisations(models: str, processes: int, say: Say) -> dict[str, Any]:
+def factorisations(models: str, processes: int) -> dict[str, Any]:
     """Figures of the named models ("phi4-mini,qwen3-0.6b") and the parallel efficiency over `processes` cores.
 
     Of each model the seconds of one layer (spectra and factors, `processes` threads) and its peak in GiB; then,
     from these, seconds of all spectra and of all factors, and of the optimal allocation at full size.
     """
-    found: dict[str, Any] = {"parallel_efficiency": _efficiency(processes, say)}
+    found: dict[str, Any] = {"parallel_efficiency": _efficiency(processes)}
     for model in models.split(","):
         key, layers = model.replace("-", "_").replace(".", "_"), MODELS[model]["num_hidden_layers"]
         matrices = [_alone(_matrix, shape, processes) for shape in _layer(model).values()]
         for (name, shape), (spectrum, factors, peak) in zip(_layer(model).items(), matrices, strict=True):
-            say(
+            headline(
                 f"{model} {name} {shape}: spectrum {spectrum:.1f} s, factors {factors:.1f} s, peak {peak:.2f} GiB"
             )
         spectra, factors, peaks = (list(column) for column in zip(*matrices, strict=True))
@@ -56,7 +55,7 @@ def factorisations(models: str, processes: int, say: Say) -> dict[str, Any]:
             f"{key}_all_factors_seconds": layers * sum(factors),
             f"{key}_allocation_seconds": _allocation(model),
         }
-        say(", ".join(f"{name} {value:.2f}" for name, value in found.items() if name.startswith(key)))
+        headline(", ".join(f"{name} {value:.2f}" for name, value in found.items() if name.startswith(key)))
     return found
 
 
@@ -96,12 +95,12 @@ def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def _efficiency(processes: int, say: Say) -> float:
+def _efficiency(processes: int) -> float:
     """Time of all factorisations in one process over processes × their time spread over as many."""
     total = EACH * processes
     one, spread = (_spread(count, total // count) for count in (1, processes))
     efficiency = one / (processes * spread)
-    say(
+    headline(
         f"{total} factorisations: {one:.1f} s in 1 process, {spread:.1f} s in {processes}: efficiency {efficiency:.2f}"
     )
     return efficiency

@@ -19,6 +19,7 @@ from benchmarks.trained import open_store
 from sparsekd_ray import corpus
 from sparsekd_ray.distill import schedule
 from sparsekd_ray.distill.loss import kd_loss
+from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.teacher import shards, threshold
 from sparsekd_ray.teacher.forward import Forward, tokens
 from sparsekd_ray.teacher.signal import ROWS_PER_CHUNK, Target, joined
@@ -28,9 +29,7 @@ TEACHER, STUDENT = "dense+kd", "round 3 pruned"
 Targets = Callable[[list[int]], Target]
 
 
-def compare(
-    root: str, seeds: tuple[int, ...], steps: int, temperature: float, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def compare(root: str, seeds: tuple[int, ...], steps: int, temperature: float) -> list[dict[str, Any]]:
     """A row per signal: bytes per token, and mean and standard deviation over seeds of both figures."""
     demo = open_store(root)
     teacher, rows = Forward(demo.model(TEACHER), {}), demo.rows(1024)
@@ -47,7 +46,9 @@ def compare(
             student = demo.model(STUDENT)
             train(student, tokens(rows), targets, seed, steps, temperature)
             figures.append(judge(student, teacher, held_out))
-            say(f"{name}, seed {seed}: held-out perplexity {figures[-1][0]:.2f}, KL {figures[-1][1]:.4f}")
+            headline(
+                f"{name}, seed {seed}: held-out perplexity {figures[-1][0]:.2f}, KL {figures[-1][1]:.4f}"
+            )
         table.append({"signal": name, "bytes_per_token": size} | _spread(figures))
     before = judge(demo.model(STUDENT), teacher, held_out)
     return [{"signal": "before", "bytes_per_token": 0.0} | _spread([before] * len(seeds)), *table]

@@ -17,6 +17,7 @@ from sparsekd_ray.model import loading, spec
 from sparsekd_ray.model.mlp import MLP, layer_count, mlp_of, with_width, without_layers
 from sparsekd_ray.prune import allocate, neurons
 from sparsekd_ray.prune.depth import count
+from sparsekd_ray.runtime.logging import headline
 
 ALIGN, VOCABULARY, PROMPT, NEW_TOKENS = 64, 2048, 256, 24
 SHAPES: dict[str, dict[str, Any]] = {
@@ -31,9 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def table(
-    shape: str, layers: int, sparsities: tuple[float, ...], repeats: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def table(shape: str, layers: int, sparsities: tuple[float, ...], repeats: int) -> list[dict[str, Any]]:
     """A row per kind of student and sparsity: speeds, how many times faster than dense, and the limits of that."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     dense = model(shape, layers).to(device, dtype)
@@ -54,7 +53,7 @@ def table(
             reached = {f"{regime}_of_limit": found[f"{regime}_speedup"] / found[f"{regime}_limit"] for regime in
                        ("prefill", "decode")}  # fmt: skip
             rows.append({"kind": kind, "sparsity": gone} | found | reached)
-            say(
+            headline(
                 f"{kind} −{gone:.1%}: prefill {found['prefill_speedup']:.2f} ×, decode {found['decode_speedup']:.2f} ×"
             )
     return rows

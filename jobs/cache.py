@@ -19,6 +19,7 @@ from tyro.conf import Positional
 
 from sparsekd_ray import cli
 from sparsekd_ray.errors import SparseKDError
+from sparsekd_ray.runtime import logging
 from sparsekd_ray.store import locate
 
 
@@ -31,10 +32,10 @@ def verify(cache: Positional[str], sequences: int = 16, seed: int = 0, scratch: 
         seed: Chooses them.
         scratch: Local directory for downloads from an S3 store.
     """
-    from sparsekd_ray.teacher import verify
+    from sparsekd_ray.teacher import verify as verification
 
     store, ref = locate(cache, scratch)
-    measured = verify.verify(store, ref, sequences, seed, lambda text: print(text, flush=True))
+    measured = verification.verify(store, ref, sequences, seed)
     print(f"RESULT {json.dumps(measured)}")
 
 
@@ -92,6 +93,7 @@ def stats(cache: Positional[str], plot: Path | None = None, scratch: str | None 
 
 
 def main() -> int:
+    logging.setup()
     try:
         tyro.extras.subcommand_cli_from_dict(
             {"verify": verify, "show": show, "stats": stats}, description=__doc__

@@ -15,15 +15,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sparsekd_ray import cli
 from sparsekd_ray.errors import SparseKDError
+from sparsekd_ray.runtime import logging
 
 
 def main() -> int:
     try:
+        logging.setup()
         config, options = cli.parse(__doc__, sys.argv[1:])
         from sparsekd_ray.cascade import job  # after parsing: --help stays fast
 
         command = "python jobs/cascade.py " + shlex.join(sys.argv[1:])
-        job.main(config, command.strip(), options.dry_run, lambda text: print(text, flush=True))
+        job.main(config, command.strip(), options.dry_run)
     except SparseKDError as error:
         return cli.fail(error)
     return 0

@@ -28,10 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sparsekd_ray import cli
 from sparsekd_ray.errors import ConfigError, SparseKDError
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
+from sparsekd_ray.runtime import logging
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +47,7 @@ def main() -> int:
             if mode in ("-h", "--help"):
                 return 0
             raise ConfigError(f"found {mode!r} where `run` or `compare` belongs")
+        logging.setup()
         config, chosen = cli.parse(__doc__, rest, options)
         check(mode, chosen)
         if mode == "run":
@@ -85,12 +83,12 @@ def run(config: cli.Config, chosen: argparse.Namespace) -> None:
     from sparsekd_ray.compare import run  # after parsing: --help stays fast
 
     if chosen.energy is None:
-        run.run(config, chosen.sparsity[0], chosen.dry_run, say, cli.table)
+        run.run(config, chosen.sparsity[0], chosen.dry_run, cli.table)
         return
     pruning_by_energy = config.prune.model_copy(update={"allocation": "energy"})
     config = config.model_copy(update={"prune": pruning_by_energy})
-    sparsity = run.sparsity_of_energy(config, chosen.energy, say)
-    run.run(config, sparsity, chosen.dry_run, say, cli.table)
+    sparsity = run.sparsity_of_energy(config, chosen.energy)
+    run.run(config, sparsity, chosen.dry_run, cli.table)
 
 
 def compare(config: cli.Config, chosen: argparse.Namespace) -> None:
@@ -104,11 +102,10 @@ def compare(config: cli.Config, chosen: argparse.Namespace) -> None:
         chosen.distill,
         f"python {shlex.join(sys.argv)}",
         chosen.dry_run,
-        say,
     )
     if rows:
         cli.table([{key: value for key, value in row.items() if key in comparison.SHOWN} for row in rows])
-        say(f"RESULT {json.dumps(rows)}")
+        logging.headline(f"RESULT {json.dumps(rows)}")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,6 @@ def ends(step: Step, store: Store) -> str:
     return f"  ✓ {step.name:<24} {figure(step.kind, record):<42} {record['seconds']:6.1f} s"
 
 
-def inside(text: str) -> str:
-    return f"      {text}"
-
-
 def figure(kind: str, record: dict[str, Any]) -> str:
     """The one figure of a finished step."""
     metrics = record["metrics"]

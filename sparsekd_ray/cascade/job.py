@@ -13,7 +13,6 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +27,11 @@ from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import hub
+from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.store import Store
 
-Say = Callable[[str], None]
 
-
-def main(config: Config, command: str, dry_run: bool, say: Say) -> None:
+def main(config: Config, command: str, dry_run: bool) -> None:
     """Runs the cascade, or with `dry_run` only prints what it would do."""
     started = time.monotonic()
     store = open_store(config)
@@ -41,19 +39,19 @@ def main(config: Config, command: str, dry_run: bool, say: Say) -> None:
     if not dry_run:
         store.check()
     records = find(steps, store)
-    say(console.plan_text(config, steps, records))
+    headline(console.plan_text(config, steps, records))
     if dry_run:
         return
     reused = set(records)
-    with store.lease(f"runs/{config.name}/driver", f"run {config.name}", say=say) as lease:
+    with store.lease(f"runs/{config.name}/driver", f"run {config.name}") as lease:
         write_run(config, steps, store)
         if len(records) < len(steps):
             from sparsekd_ray.cascade import driver  # imports Ray
 
-            driver.run(config, steps, store, say, lease.ensure)
+            driver.run(config, steps, store, lease.ensure)
             records = find(steps, store)
         facts = {"command": command, "reused": reused, "seconds": time.monotonic() - started}
-        report(config, steps, records, store, facts, say)
+        report(config, steps, records, store, facts)
 
 
 def preflight(config: Config) -> list[Step]:
@@ -94,7 +92,6 @@ def report(
     records: dict[str, dict[str, Any]],
     store: Store,
     facts: dict[str, Any],
-    say: Say,
 ) -> None:
     """Writes report and metrics, and prints where they are and how to load the smallest model.
 
@@ -104,14 +101,14 @@ def report(
     if facts["reused"] >= set(records) and _reported(store.read_text(f"{folder}/summary.json")) == [
         step.ref.key for step in steps
     ]:
-        say("nothing to do: every step was done before")
+        headline("nothing to do: every step was done before")
     else:
         _render(config, steps, records, store, facts)
-    say(f"\nreport   {store.root}/{folder}/report.html")
+    headline(f"\nreport   {store.root}/{folder}/report.html")
     if any(step.kind == "export" for step in steps):
         best = _best_export(steps, records)
-        say(f"model    {store.root}/{best.ref.key}/{exported(records[best.name])}")
-        say(f"load it  {load_command(store, best, records[best.name])}")
+        headline(f"model    {store.root}/{best.ref.key}/{exported(records[best.name])}")
+        headline(f"load it  {load_command(store, best, records[best.name])}")
 
 
 def _best_export(steps: list[Step], records: dict[str, dict[str, Any]]) -> Step:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +20,17 @@ from sparsekd_ray.store.checkpoints import Checkpoints
 if TYPE_CHECKING:
     from sparsekd_ray.prune.task import Task
 
-Say = Callable[[str], None]
 IN_PIECES = ("statistics", "prune")  # kinds of step whose work is in independent pieces
 
 
-def run(
-    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: TaskMap, say: Say
-) -> None:
+def run(step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: TaskMap) -> None:
     """Makes the artifact of `step`; `parents` maps its roles to the artifacts they name; `each` runs its pieces."""
     started = time.monotonic()
     with store.building(step.ref) as out:
         if step.kind in IN_PIECES:
-            metrics = _in_pieces(step, parents, store, execution, each, say)
+            metrics = _in_pieces(step, parents, store, execution, each)
         else:
-            metrics = _stage(step, parents, out, store, execution.gpus, say)
+            metrics = _stage(step, parents, out, store, execution.gpus)
     store.commit(
         step.ref,
         identity=step.identity,
@@ -44,9 +40,7 @@ def run(
     )
 
 
-def _stage(
-    step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: bool, say: Say
-) -> dict[str, Any]:
+def _stage(step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: bool) -> dict[str, Any]:
     inputs = {role: store.fetch(ref) for role, ref in parents.items()}
     match step.kind:
         case "tokenizer":
@@ -59,31 +53,29 @@ def _stage(
         case "corpus":
             from sparsekd_ray import corpus
 
-            return corpus.build(step.settings, inputs["tokenizer"], out, seed=step.seed, say=say)
+            return corpus.build(step.settings, inputs["tokenizer"], out, seed=step.seed)
         case "dense" if "texts" in inputs:
             from sparsekd_ray.standin import pretrain
 
             kept = Checkpoints(store, step.ref)
-            return pretrain.pretrain(
-                step.settings, inputs["texts"], out, seed=step.seed, checkpoints=kept, say=say
-            )
+            return pretrain.pretrain(step.settings, inputs["texts"], out, seed=step.seed, checkpoints=kept)
         case "dense":
             from sparsekd_ray.model import hub
 
-            return hub.import_model(step.settings, out, say)
+            return hub.import_model(step.settings, out)
         case "evaluate":
-            return _evaluate(step, inputs, out, gpu, say)
+            return _evaluate(step, inputs, out, gpu)
         case "export":
             from sparsekd_ray.model.export import export
 
-            return export(inputs["model"], out, card_facts=_card_facts(step, parents, inputs), say=say)
+            return export(inputs["model"], out, card_facts=_card_facts(step, parents, inputs))
     raise AssertionError(f"no stage makes a {step.kind}")
 
 
 def _in_pieces(
-    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: TaskMap, say: Say
+    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: TaskMap
 ) -> dict[str, Any]:
-    run: dict[str, Any] = {"store": store, "gpu": execution.gpus, "each": each, "say": say}
+    run: dict[str, Any] = {"store": store, "gpu": execution.gpus, "each": each}
     if step.kind == "statistics":
         from sparsekd_ray.prune.calibrate import calibrate
 
@@ -93,7 +85,7 @@ def _in_pieces(
         )
     from sparsekd_ray.prune.run import prune
 
-    return prune(prune_task(step, parents, store, execution.gpus), each, say)
+    return prune(prune_task(step, parents, store, execution.gpus), each)
 
 
 def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> Task:
@@ -116,7 +108,7 @@ def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> 
     )
 
 
-def _evaluate(step: Step, inputs: dict[str, Path], out: Path, gpu: bool, say: Say) -> dict[str, Any]:
+def _evaluate(step: Step, inputs: dict[str, Path], out: Path, gpu: bool) -> dict[str, Any]:
     from sparsekd_ray import corpus
     from sparsekd_ray.evaluate.perplexity import evaluate
     from sparsekd_ray.model import loading
@@ -124,7 +116,7 @@ def _evaluate(step: Step, inputs: dict[str, Path], out: Path, gpu: bool, say: Sa
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     model = loading.load(inputs["model"], dtype=dtype, device=device)
     figures = {"dtype": dtype} | evaluate(
-        model, corpus.domain_streams(inputs["texts"], "test"), step.settings.window, say
+        model, corpus.domain_streams(inputs["texts"], "test"), step.settings.window
     )
     (out / "perplexity.json").write_text(json.dumps(figures, indent=1, sort_keys=True))
     return figures

@@ -16,56 +16,53 @@ from sparsekd_ray.compare import comparison
 from sparsekd_ray.config import Config
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import hub
+from sparsekd_ray.runtime.logging import headline, listening
+from sparsekd_ray.runtime.tasks import map_on_ray
 from sparsekd_ray.store import Ref, Store
 
-Say = Callable[[str], None]
 PRUNED = "pruned"
 PROMPT, NEW_TOKENS, REPEATS = 128, 32, 7  # of a speed measurement
 
 
-def run(config: Config, sparsity: float, dry_run: bool, say: Say, table: Callable[[list[Any]], None]) -> None:
+def run(config: Config, sparsity: float, dry_run: bool, table: Callable[[list[Any]], None]) -> None:
     """Prunes the dense model once, judges and exports it; with `dry_run`, measures what a plan needs, prints the
     table of matrices and makes no model."""
     planned = _plan_one(config, sparsity)
     store, settings = job.open_store(config), next(s for s in planned if s.name == PRUNED)
     wanted = planned[: planned.index(settings)] if dry_run else planned
-    records = make(config, wanted, store, say)
+    records = make(config, wanted, store)
     if not dry_run:
         export = planned[-1]
-        say(f"\nmodel    {store.url(export.ref.key)}/{job.exported(records[export.name])}")
-        say(f"load it  {job.load_command(store, export, records[export.name])}")
+        headline(f"\nmodel    {store.url(export.ref.key)}/{job.exported(records[export.name])}")
+        headline(f"load it  {job.load_command(store, export, records[export.name])}")
         return
-    from sparsekd_ray.cascade import driver
     from sparsekd_ray.prune import preview
+    from sparsekd_ray.runtime.cluster import connected
 
     task = _task(settings, planned, store, config.execution.gpus)
-    with driver.connected(config.execution, say):
-        rows = preview.table(
-            task, driver.map_on_ray(config.execution), lambda text: say(console.inside(text))
-        )
+    with connected(config.execution), listening() as log_queue:
+        rows = preview.table(task, map_on_ray(config.execution, log_queue))
     table([*rows, preview.total(rows)])
 
 
-def sparsity_of_energy(config: Config, tau: float, say: Say) -> float:
+def sparsity_of_energy(config: Config, tau: float) -> float:
     """The sparsity at which one energy threshold of `tau` prunes the dense model: the budget that it stands for.
 
     ConfigError where that is none, since the spectra of language models are flat."""
     planned = _plan_one(config, 0.5)  # any size: only what comes before the cut is made
     store, step = job.open_store(config), next(s for s in planned if s.name == PRUNED)
-    make(config, planned[: planned.index(step)], store, say)
-    from sparsekd_ray.cascade import driver
+    make(config, planned[: planned.index(step)], store)
     from sparsekd_ray.prune.low_rank import sparsity_at
+    from sparsekd_ray.runtime.cluster import connected
 
     task = _task(step, planned, store, config.execution.gpus)
     measured = task.statistics.fingerprint if task.statistics else "plain"
     task = replace(
         task, out=Ref("prune", f"spectra-{task.settings.method}-{task.model.fingerprint}", measured)
     )
-    with driver.connected(config.execution, say):
-        found = sparsity_at(
-            task, tau, driver.map_on_ray(config.execution), lambda text: say(console.inside(text))
-        )
-    say(f"energy {tau:g} stands for a sparsity of {found:.4f}")
+    with connected(config.execution), listening() as log_queue:
+        found = sparsity_at(task, tau, map_on_ray(config.execution, log_queue))
+    headline(f"energy {tau:g} stands for a sparsity of {found:.4f}")
     if found <= 0:
         raise ConfigError(
             f"with {tau:.1%} of their energy the matrices of this model are no smaller: lower --energy"
@@ -81,7 +78,6 @@ def compare(
     distilled: bool,
     command: str,
     dry_run: bool,
-    say: Say,
 ) -> list[dict[str, Any]]:
     """All methods at equal sizes; the rows of the table, also kept in the run's directory with a drawing, and once
     more when the students' speeds have been measured."""
@@ -96,9 +92,9 @@ def compare(
     planned, names = comparison.plan(config, *arguments, distilled, corpus.identify, identity)
     store = job.open_store(config)
     if dry_run:
-        say(console.plan_text(config, planned, job.find(planned, store)))
+        headline(console.plan_text(config, planned, job.find(planned, store)))
         return []
-    records = make(config, planned, store, say)
+    records = make(config, planned, store)
     made = {name: (step, records[step.name]) for name, step in names.items()}
     rows = comparison.rows(made, *arguments)
     about = {
@@ -110,24 +106,24 @@ def compare(
     names_of_rows = [
         comparison.title(text, sparsity, draws[0]) for sparsity in sparsities for text in methods
     ]
-    _add_speeds(rows, [made[name][0] for name in ("dense", *names_of_rows)], store, config, say)
+    _add_speeds(rows, [made[name][0] for name in ("dense", *names_of_rows)], store, config)
     keep(about | {"rows": rows}, config, store)
     folder = f"{store.root}/runs/{config.name}"
-    say(f"\ntable    {folder}/comparison.json\ndrawing  {folder}/comparison.png")
+    headline(f"\ntable    {folder}/comparison.json\ndrawing  {folder}/comparison.png")
     return rows
 
 
-def make(config: Config, planned: list[Step], store: Store, say: Say) -> dict[str, dict[str, Any]]:
+def make(config: Config, planned: list[Step], store: Store) -> dict[str, dict[str, Any]]:
     """Makes what is missing of a plan, under the run's lease; the records of all of it."""
     store.check()
     records = job.find(planned, store)
-    say(console.plan_text(config, planned, records))
-    with store.lease(f"runs/{config.name}/driver", f"run {config.name}", say=say) as lease:
+    headline(console.plan_text(config, planned, records))
+    with store.lease(f"runs/{config.name}/driver", f"run {config.name}") as lease:
         job.write_run(config, planned, store)
         if len(records) < len(planned):
             from sparsekd_ray.cascade import driver  # imports Ray
 
-            driver.run(config, planned, store, say, lease.ensure)
+            driver.run(config, planned, store, lease.ensure)
     return job.find(planned, store)
 
 
@@ -156,9 +152,7 @@ def device(config: Config) -> str:
     return "cuda" if config.execution.gpus and torch.cuda.is_available() else "cpu"
 
 
-def _add_speeds(
-    rows: list[dict[str, Any]], models: list[Step], store: Store, config: Config, say: Say
-) -> None:
+def _add_speeds(rows: list[dict[str, Any]], models: list[Step], store: Store, config: Config) -> None:
     """Prefill and decode of every student against the dense model, in this process, one student at a time."""
     import torch
 
@@ -176,7 +170,7 @@ def _add_speeds(
         student = loading.load(store.fetch(step.ref), **place)
         row |= {"flops_per_token": speed.flops_per_token(student, prompt)}
         row |= speed.compare(dense, student, prompt=prompt, new_tokens=new_tokens, repeats=REPEATS)
-        say(
+        headline(
             f"speed of {step.name}: prefill {row['prefill_speedup']:.2f} ×, decode {row['decode_speedup']:.2f} ×"
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
 import sys
 import time
@@ -27,6 +28,8 @@ from sparsekd_ray.corpus.sources import documents, test_source
 from sparsekd_ray.corpus.splits import SPLITS, digest, quotas, with_split
 from sparsekd_ray.errors import CorpusError, ModelError
 
+logger = logging.getLogger(__name__)
+
 PASSAGE = 0.25  # of a held-out split's rows, from one document
 BATCH = 64  # documents tokenised together
 SAY_SECONDS = 5.0
@@ -36,7 +39,6 @@ TOKENIZER_FILES = (
 )
 
 Encode = Callable[[list[str]], list[np.ndarray]]
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Packer:
         return kept.reshape(self.count, self.seq_len)
 
 
-def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int, say: Say) -> dict[str, Any]:
+def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int) -> dict[str, Any]:
     """Writes the corpus artifact into `out` and returns its manifest (rows, tokens, documents, and so on).
 
     Each source gives its share of `samples`, `valid_samples` and `test_samples`, by weight. `CorpusError`
@@ -88,7 +90,7 @@ def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int, say: Say
     """
     shares, tokenizer = quotas(corpus), _tokenizer(tokenizer_dir)
     encode = _encoder(tokenizer)
-    packed = {s.name: _pack(s, shares[s.name], encode, corpus, seed, say) for s in corpus.sources}
+    packed = {s.name: _pack(s, shares[s.name], encode, corpus, seed) for s in corpus.sources}
     for split in SPLITS:
         tables = [domain_table(name, split, packers[split].rows()) for name, packers in packed.items()]
         table = pa.concat_tables(tables).combine_chunks()
@@ -102,14 +104,14 @@ def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int, say: Say
 
 
 def _pack(
-    source: Source, quota: dict[str, int], encode: Encode, corpus: Corpus, seed: int, say: Say
+    source: Source, quota: dict[str, int], encode: Encode, corpus: Corpus, seed: int
 ) -> dict[str, Packer]:
     """Reads one source until every split has its rows, or the source ends."""
     others = test_source(source)
     whole = {"train", "test"} if others else {"train"}
     packers = {split: _packer(rows, corpus.seq_len, split in whole) for split, rows in quota.items()}
     test, train = packers["test"], packers["train"]
-    here, tell, tests = packers, _teller(say, source.name, packers), frozenset[bytes]()
+    here, tell, tests = packers, _teller(source.name, packers), frozenset[bytes]()
     if others:
         seen: list[bytes] = []
         _fill({"test": test}, _noted(documents(others, None), seen), encode, tell)
@@ -172,7 +174,7 @@ def _check(source: Source, packers: dict[str, Packer]) -> None:
         )
 
 
-def _teller(say: Say, name: str, packers: dict[str, Packer]) -> Callable[[], None]:
+def _teller(name: str, packers: dict[str, Packer]) -> Callable[[], None]:
     """Says how far a source is, every few seconds at most."""
     last = time.monotonic()
 
@@ -181,7 +183,7 @@ def _teller(say: Say, name: str, packers: dict[str, Packer]) -> Callable[[], Non
         if time.monotonic() - last >= SAY_SECONDS:
             last = time.monotonic()
             counts = ", ".join(f"{split} {packer.count}/{packer.quota}" for split, packer in packers.items())
-            say(f"corpus {name}: {counts} sequences")
+            logger.info(f"corpus {name}: {counts} sequences")
 
     return tell
 

@@ -13,10 +13,10 @@ Shapes: B sequences, L tokens, K kept ids.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from sparsekd_ray.store.checkpoints import Checkpoints, tag
 from sparsekd_ray.teacher import payload, shards
 from sparsekd_ray.teacher.signal import Target
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 PROGRESS = "progress.json"
 
 
@@ -96,7 +97,7 @@ class Student(nn.Module):
         )
 
 
-def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
+def distill(job: Job, store: Store, execution: Execution) -> None:
     """Runs one job on this worker, in step with the others; worker 0 commits the student."""
     rank, world = collectives.rank_and_world()
     started, settings = time.monotonic(), job.settings
@@ -114,7 +115,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
     sizes = schedule.micro_batches(settings.batch, world, execution.micro_batch)
     engine = _engine(Student(model, settings), settings, execution, len(sizes[0]))
     kept = Checkpoints(store, job.out)
-    progress, best = _resume(job, engine, kept, say) or (Progress(0, world, 0, []), {})
+    progress, best = _resume(job, engine, kept) or (Progress(0, world, 0, []), {})
 
     def over() -> bool:
         stop = schedule.verdict(progress.perplexities, settings.patience, settings.min_gain)
@@ -130,7 +131,7 @@ def distill(job: Job, store: Store, execution: Execution, say: Say) -> None:
                 f"rate {settings.lr:g}. Lower distill.lr, or the round's lr; what was finished before is intact."
             )
         if rank == 0:
-            say(_line(job.title, progress, steps, settings, started))
+            logger.info(_line(job.title, progress, steps, settings, started))
         if point["valid_ppl"] == min(progress.perplexities):
             progress.best_step = progress.step
             best = _weights(model) if rank == 0 else {}
@@ -262,9 +263,7 @@ def _save(engine: Any, kept: Checkpoints, progress: Progress, best: dict[str, to
     kept.forget(before=progress.step)
 
 
-def _resume(
-    job: Job, engine: Any, kept: Checkpoints, say: Say
-) -> tuple[Progress, dict[str, torch.Tensor]] | None:
+def _resume(job: Job, engine: Any, kept: Checkpoints) -> tuple[Progress, dict[str, torch.Tensor]] | None:
     """Loads the newest complete checkpoint into the engine; None where there is none to continue from."""
     rank, world = collectives.rank_and_world()
     newest = collectives.broadcast(kept.newest())
@@ -278,7 +277,9 @@ def _resume(
         # optimiser states are cut for a number of workers
         collectives.barrier()  # all have read why
         if rank == 0:
-            say(f"{job.title}: checkpoint of {progress.world} workers, now {world}: starting this step again")
+            logger.info(
+                f"{job.title}: checkpoint of {progress.world} workers, now {world}: starting this step again"
+            )
             kept.discard_all()
         collectives.barrier()
         return None
@@ -289,7 +290,7 @@ def _resume(
             f"{folder}: step {engine.global_steps} loaded, {progress.step} recorded; remove this folder"
         )
     if rank == 0:
-        say(f"{job.title}: resumes at step {progress.step}")
+        logger.info(f"{job.title}: resumes at step {progress.step}")
     return progress, load_file(folder / "best.safetensors")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import ray.train
@@ -15,9 +17,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from sparsekd_ray.config import Execution
-from sparsekd_ray.distill.loop import Job, Say, distill
+from sparsekd_ray.distill.loop import Job, distill
 from sparsekd_ray.errors import SparseKDError
+from sparsekd_ray.runtime.logging import forwarding, headline
 from sparsekd_ray.store import Ref, Store
+
+logger = logging.getLogger(__name__)
 
 # Ray notices a dead worker at once; this must only outlast worker 0's upload of a large checkpoint
 COLLECTIVE_TIMEOUT_S = 1800
@@ -27,17 +32,17 @@ class Work(NamedTuple):
     """A distillation, for all workers, or something that worker 0 does alone between two of them; makes `ref`."""
 
     ref: Ref
-    task: Job | Callable[[Any], None]
+    task: Job | Callable[[], None]
     begin: Callable[[], str]
     end: Callable[[], str]
 
 
-def train(work: list[Work], store: Store, execution: Execution, say: Say, lines: Any) -> None:
+def train(work: list[Work], store: Store, execution: Execution, log_queue: Any) -> None:
     """Does `work` in order in one worker group; each piece commits its artifact to the store.
 
     A lost worker restarts the group, which goes on from the last checkpoint, at most `execution.max_failures` times.
     An error of ours (bad input, damaged artifact) would only come again and is raised at once.
-    `lines` prints from the workers (picklable, with `keep` for what must not be dropped); `say` prints here.
+    `log_queue` carries the log lines of worker 0 to this process.
     """
     # real models take longer to load than Ray's default of 30 s for a worker group to start
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
@@ -46,21 +51,23 @@ def train(work: list[Work], store: Store, execution: Execution, say: Say, lines:
     for failures in range(execution.max_failures + 1):
         name = uuid.uuid4().hex
         try:
-            _trainer(name, work, store, execution, lines).fit()
+            _trainer(name, work, store, execution, log_queue).fit()
             store.delete(f"ray/{name}")  # Ray Train's bookkeeping of a run that is over
             return
         except TrainingFailedError as error:
             ours = _cause(error)
             if ours is not None or failures == execution.max_failures:
                 raise (ours or error) from None
-            say(f"worker group lost ({_short(error)}); restart {failures + 1} of {execution.max_failures}")
+            logger.info(
+                f"worker group lost ({_short(error)}); restart {failures + 1} of {execution.max_failures}"
+            )
 
 
-def _trainer(name: str, work: list[Work], store: Store, execution: Execution, lines: Any) -> TorchTrainer:
+def _trainer(name: str, work: list[Work], store: Store, execution: Execution, log_queue: Any) -> TorchTrainer:
     resources = {"CPU": 1.0} | ({"GPU": 1.0} if execution.gpus else {})
     return TorchTrainer(
         _worker,
-        train_loop_config={"work": work, "store": store, "execution": execution, "lines": lines},
+        train_loop_config={"work": work, "store": store, "execution": execution, "log_queue": log_queue},
         torch_config=TorchConfig(
             backend="nccl" if execution.gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
         ),
@@ -88,24 +95,31 @@ def _storage(store: Store) -> dict[str, Any]:
 def _worker(config: dict[str, Any]) -> None:
     import torch
 
-    store, lines, first = config["store"], config["lines"], ray.train.get_context().get_world_rank() == 0
+    first = ray.train.get_context().get_world_rank() == 0
     if not config["execution"].gpus:
         torch.set_num_threads(1)
-    for work in config["work"]:
+    with forwarding(config["log_queue"]) if first else nullcontext():
+        _do(config["work"], config["store"], config["execution"], first)
+
+
+def _do(works: list[Work], store: Store, execution: Execution, first: bool) -> None:
+    import torch
+
+    for work in works:
         # worker 0's answer for all: a shared disk may show one of them a record later than another
         if ray.train.collective.broadcast_from_rank_zero(store.record(work.ref) is not None):
             continue
         if first:
-            lines.keep(work.begin())
+            headline(work.begin())
         if isinstance(work.task, Job):
             with store.building(work.ref):
-                distill(work.task, store, config["execution"], lines)
+                distill(work.task, store, execution)
             gc.collect()  # the engine holds itself in cycles, and the next job wants the card's memory
             torch.cuda.empty_cache()
         elif first:
-            work.task(lines)
+            work.task()
         if first:
-            lines.keep(work.end())
+            headline(work.end())
 
 
 def _cause(error: TrainingFailedError) -> SparseKDError | None:

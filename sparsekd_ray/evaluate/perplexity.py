@@ -10,13 +10,16 @@ Shapes: B windows, L tokens per window, D hidden size, V vocabulary, N positions
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+logger = logging.getLogger(__name__)
 
 WINDOWS_PER_BATCH = 16
 ROWS_PER_CHUNK = 512
@@ -60,9 +63,7 @@ def perplexity(parts: list[tuple[float, int]]) -> float:
     return math.exp(min(total / tokens, 700.0))  # a diverged model's figure stays a finite number
 
 
-def evaluate(
-    model: Any, streams: Mapping[str, np.ndarray], window: int, say: Callable[[str], None]
-) -> dict[str, Any]:
+def evaluate(model: Any, streams: Mapping[str, np.ndarray], window: int) -> dict[str, Any]:
     """Perplexities of `model` on each domain's token stream and on all of them together, by both protocols."""
     size, stride = protocol(window, model.config.max_position_embeddings)
     sliding: dict[str, list[tuple[float, int]]] = {}
@@ -74,7 +75,7 @@ def evaluate(
         disjoint[domain] = [
             part for start, part in zip(starts, sliding[domain], strict=True) if start % size == 0
         ]
-        say(f"{domain}: perplexity {perplexity(sliding[domain]):.2f}")
+        logger.info(f"{domain}: perplexity {perplexity(sliding[domain]):.2f}")
     return {"window": size, "stride": stride, "sliding": _summary(sliding), "disjoint": _summary(disjoint)}
 
 

@@ -6,7 +6,8 @@ code. A student of stock architecture (narrower, shallower or masked) is one alr
 tokenizer and a model card whose usage snippet runs as printed from inside the directory.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import loading, saving, spec
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
 
@@ -66,9 +69,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 """
 
 
-def export(
-    source: Path, out: Path, *, card_facts: Mapping[str, Any], say: Callable[[str], None]
-) -> dict[str, Any]:
+def export(source: Path, out: Path, *, card_facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write and prove `out/low-rank/` and `out/merged/`, or `out/stock/`, from a student's directory.
 
     card_facts: see `model_card`. Returns parameters and the largest relative difference of logits of each; of a
@@ -81,14 +82,14 @@ def export(
     metrics: dict[str, Any] = {}
     if biased:
         metrics["merged"] = {"absent": NOT_MERGED}
-        say(f"merged: none, because {NOT_MERGED}")
+        logger.info(f"merged: none, because {NOT_MERGED}")
     elif low_rank:
         variants["merged"] = loading.merge(model)
     for form, variant in variants.items():
         facts = {**card_facts, "parameters": loading.count_parameters(variant), "biased": biased}
         saving.save(variant, source, out / form, model_card(facts, form))
         metrics[form] = found = _prove(model, variant, out / form)
-        say(f"{form}: {found['params']} parameters, logits off by {found['logits_difference']:.0e}")
+        logger.info(f"{form}: {found['params']} parameters, logits off by {found['logits_difference']:.0e}")
     return metrics
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparsekd_ray.config import Model, Shape
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import loading, spec
+
+logger = logging.getLogger(__name__)
 
 SHAPE_KEYS = {
     "hidden": "hidden_size",
@@ -66,7 +68,7 @@ def config_of(shape: Shape) -> dict[str, Any]:
     }
 
 
-def import_model(model: Model, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def import_model(model: Model, out: Path) -> dict[str, Any]:
     """Copies the dense model into the store's directory `out`, so that every node reads the same bytes."""
     source = loading.resolve_dense(str(model.path), model.revision)
     values = spec.config_dict(source)
@@ -74,7 +76,7 @@ def import_model(model: Model, out: Path, say: Callable[[str], None]) -> dict[st
     if model.shape is not None:
         _check_shape(model.shape, values)
     for path in _files(source):
-        say(f"copies {path.name}, {path.stat().st_size / 1e6:,.0f} MB")
+        logger.info(f"copies {path.name}, {path.stat().st_size / 1e6:,.0f} MB")
         shutil.copyfile(path, out / path.name)
     _check_tokenizer(out, values["vocab_size"])
     loading.load(out, dtype="auto")

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher.forward import tokens
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 STACK = "stack.safetensors"
 PIECE_BYTES = 4 * 2**30  # of Gram matrices that one piece holds at a time, unless one layer's are more
@@ -49,7 +52,6 @@ def calibrate(
     store: Store,
     gpu: bool,
     each: TaskMap,
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Fills `out`'s working directory with statistics of `model` on training rows of `texts`; returns the metrics.
 
@@ -58,19 +60,19 @@ def calibrate(
     model that is not supported or whose weights or activations are not finite.
     """
     manifest = _manifest(model, texts, settings, store, gpu)
-    _check_tokens(manifest, say)
+    _check_tokens(manifest)
     names = [STACK, *(layer_name(index) for index in range(manifest["layers"]))]
     done = set(store.published(out))
     todo = [index for index in range(manifest["layers"]) if layer_name(index) not in done]
     if done & set(names):
-        say(f"{manifest['layers'] - len(todo)} of {manifest['layers']} layers are there already")
+        logger.info(f"{manifest['layers'] - len(todo)} of {manifest['layers']} layers are there already")
     pieces = partition(todo, groups, gram_bytes(manifest))
     if STACK not in done:
         pieces = [[], *pieces]
     left = len(todo)
     for index, _ in each(measure, [(store, model, texts, out, settings, gpu, piece) for piece in pieces]):
         left -= len(pieces[index])
-        say(f"{manifest['layers'] - left}/{manifest['layers']} layers measured")
+        logger.info(f"{manifest['layers'] - left}/{manifest['layers']} layers measured")
     if missing := sorted(set(names) - set(store.published(out))):
         raise IntegrityError(f"calibration ended without {len(missing)} files, the first is {missing[0]}")
     (store.workdir(out) / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
@@ -97,7 +99,7 @@ def measure(
     if not todo:
         _publish(store, out, STACK, statistics.stack(loaded, ids_BL))
         return
-    found = statistics.collect(loaded, ids_BL, todo, lambda line: None)
+    found = statistics.collect(loaded, ids_BL, todo)
     for index in todo:
         _publish(store, out, layer_name(index), found.pop(index))
 
@@ -186,7 +188,7 @@ def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bo
     }
 
 
-def _check_tokens(manifest: dict[str, Any], say: Callable[[str], None]) -> None:
+def _check_tokens(manifest: dict[str, Any]) -> None:
     """A Gram matrix of fewer tokens than inputs is singular for want of text, not for what the model does."""
     inputs, found = max(manifest["hidden"], manifest["inner"]), manifest["tokens"]
     length = found // manifest["sequences"]
@@ -198,7 +200,7 @@ def _check_tokens(manifest: dict[str, Any], say: Callable[[str], None]) -> None:
     if found < inputs:
         raise ConfigError(f"{told}: at least as many are needed, better {TOKENS_PER_INPUT} times; {advice}")
     if found < TOKENS_PER_INPUT * inputs:
-        say(f"warning: {told}, fewer than {TOKENS_PER_INPUT} for each: the statistics are noisy; {advice}")
+        logger.warning(f"{told}, fewer than {TOKENS_PER_INPUT} for each: the statistics are noisy; {advice}")
 
 
 def _publish(store: Store, out: Ref, name: str, tensors: dict[str, Tensor]) -> None:

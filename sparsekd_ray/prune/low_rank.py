@@ -14,8 +14,9 @@ Shapes: m rows (outputs), n columns (inputs), r rank, k = min(m, n).
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +28,9 @@ from sparsekd_ray.prune import allocate, gauge, svd
 from sparsekd_ray.prune.task import Task, Tensors, naming, tensors_below
 from sparsekd_ray.runtime.tasks import TaskMap
 
+logger = logging.getLogger(__name__)
+
 Shapes = dict[str, tuple[int, int]]
-Say = Callable[[str], None]
 
 
 class Problem(NamedTuple):
@@ -48,7 +50,7 @@ class Plan(NamedTuple):
     loss: dict[str, float] | None
 
 
-def plan(task: Task, each: TaskMap, say: Say) -> Plan:
+def plan(task: Task, each: TaskMap) -> Plan:
     """Ranks of all matrices under the budget, which is checked before the first spectrum."""
     folder = task.folder()
     shapes = spec.shapes_from_config(folder)
@@ -63,7 +65,7 @@ def plan(task: Task, each: TaskMap, say: Say) -> Plan:
     spectra: dict[str, np.ndarray] = {}
     for index, sigma_k in each(spectrum, [(task, name) for name in names]):
         spectra[names[index]] = sigma_k
-        say(f"spectrum {len(spectra)}/{len(names)} {names[index]}")
+        logger.info(f"spectrum {len(spectra)}/{len(names)} {names[index]}")
     for joint, pair in pairs.items():
         for name in pair if _joint_wins(task, shapes, spectra, joint, pair) else (joint,):
             del shapes[name], spectra[name]
@@ -95,9 +97,9 @@ def _present(task: Task, name: str, shape: tuple[int, int]) -> int:
     return spec.mlp_ranks(task.folder()).get(name, min(shape))
 
 
-def student(task: Task, each: TaskMap, say: Say) -> tuple[Any, dict[str, Any]]:
+def student(task: Task, each: TaskMap) -> tuple[Any, dict[str, Any]]:
     """The low-rank model, and its ranks and predicted loss."""
-    planned, model = plan(task, each, say), task.load()
+    planned, model = plan(task, each), task.load()
     held, gauged = spec.mlp_ranks(model), task.settings.storage == "gauge"
     same_form = spec.mlp_form(model) == (gauged, task.settings.bias)
     wanted = {name: rank or held.get(name) for name, rank in planned.ranks.items()}
@@ -109,7 +111,7 @@ def student(task: Task, each: TaskMap, say: Say) -> tuple[Any, dict[str, Any]]:
     state, names = dict(model.state_dict()), list(changed)
     pieces = [(task, name, rank) for name, rank in changed.items()]
     for done, (index, _) in enumerate(each(factors, pieces), 1):
-        say(f"factors {done}/{len(names)} {names[index]} rank {changed[names[index]]}")
+        logger.info(f"factors {done}/{len(names)} {names[index]} rank {changed[names[index]]}")
     for name, rank in changed.items():
         found = task.published(name, {"rank": rank})
         assert found is not None, f"{name} has just been made"
@@ -119,7 +121,7 @@ def student(task: Task, each: TaskMap, say: Say) -> tuple[Any, dict[str, Any]]:
     return cut, {"ranks": planned.ranks, "predicted_loss": planned.loss and sum(planned.loss.values())}
 
 
-def sparsity_at(task: Task, tau: float, each: TaskMap, say: Say) -> float:
+def sparsity_at(task: Task, tau: float, each: TaskMap) -> float:
     """The share of the dense model's MLP parameters that goes where every matrix keeps the smallest rank with `tau` of
     its energy, and stays as it is where that saves nothing (SparseKD's rule before there is a budget)."""
     shapes, left = spec.shapes_from_config(task.folder()), 0
@@ -128,7 +130,7 @@ def sparsity_at(task: Task, tau: float, each: TaskMap, say: Say) -> float:
         name = list(shapes)[index]
         rank = svd.energy_rank(torch.from_numpy(sigma_k), tau)
         left += min(parameters(*shapes[name], rank, *form), parameters(*shapes[name], None))
-        say(f"{name}: rank {rank} holds {tau:.1%} of its energy")
+        logger.info(f"{name}: rank {rank} holds {tau:.1%} of its energy")
     return 1 - left / task.dense_mlp_params
 
 

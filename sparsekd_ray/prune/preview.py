@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from sparsekd_ray.model import spec
@@ -15,13 +14,13 @@ from sparsekd_ray.runtime.tasks import TaskMap
 Row = dict[str, Any]
 
 
-def table(task: Task, each: TaskMap, say: Callable[[str], None]) -> list[Row]:
+def table(task: Task, each: TaskMap) -> list[Row]:
     """A row per matrix or layer: its name, what it becomes, its parameters then and now, and the predicted loss in nat
     per token where statistics predict one. Raises what the pruning itself would."""
     check_form(task)
     match task.settings.method:
         case "svd" | "svd-whitened":
-            return _low_rank(task, low_rank.plan(task, each, say))
+            return _low_rank(task, low_rank.plan(task, each))
         case "neurons" | "sdm":
             return _narrower(task)
         case "depth":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from sparsekd_ray.model import saving, spec
 from sparsekd_ray.prune import low_rank, structured
 from sparsekd_ray.prune.task import Task
 from sparsekd_ray.runtime.tasks import TaskMap
-
-Say = Callable[[str], None]
 
 CARDS = {
     "svd": "Low-rank student by truncated SVD",
@@ -34,7 +31,7 @@ CARDS = {
 }
 
 
-def prune(task: Task, each: TaskMap, say: Say) -> dict[str, Any]:
+def prune(task: Task, each: TaskMap) -> dict[str, Any]:
     """Fills `task.out`'s working directory with the pruned model; returns counts on disk, method and seconds.
 
     Raises ConfigError if the budget cannot be met, ModelError if the model is not supported, holds a value that is
@@ -51,7 +48,7 @@ def prune(task: Task, each: TaskMap, say: Say) -> dict[str, Any]:
         "wanda": structured.masked,
         "magnitude": structured.masked,
     }[method]
-    student, facts = make(task, each, say)
+    student, facts = make(task, each)
     card = f"{CARDS[method]}: {task.sparsity:.1%} of MLP parameters, before any recovery.\n"
     out = task.store.workdir(task.out)
     saving.save(student, task.folder(), out, card)

@@ -15,6 +15,7 @@ vocabulary, S stations of the residual stream (before each block, and after the 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from torch import Tensor
 
 from sparsekd_ray.errors import ModelError
 
+logger = logging.getLogger(__name__)
+
 TOKENS_PER_BATCH = (
     1024  # bounds the activations kept for the backward pass; the last bits of a sum depend on it
 )
@@ -35,9 +38,7 @@ ROWS_PER_CHUNK = 512
 Sums = dict[str, Tensor]
 
 
-def collect(
-    model: Any, ids_BL: Tensor, layers: Sequence[int], say: Callable[[str], None]
-) -> dict[int, dict[str, Tensor]]:
+def collect(model: Any, ids_BL: Tensor, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
     """The statistics of the MLPs of these layers; leaves the model in eval mode, its weights frozen.
 
     By layer, in fp32 on the model's device: `input.gram` [D, D] and `input.sum` [D] of the MLP's input, `inner.gram`
@@ -54,7 +55,7 @@ def collect(
         with _exact_products():
             for done, batch_BL in batches(ids_BL):
                 _forward_backward(model, batch_BL.to(model.device))
-                say(f"layers {layers[0]} to {layers[-1]}: {done}/{len(ids_BL)} sequences")
+                logger.info(f"layers {layers[0]} to {layers[-1]}: {done}/{len(ids_BL)} sequences")
     finally:
         for handle in handles:
             handle.remove()

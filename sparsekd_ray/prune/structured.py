@@ -6,7 +6,7 @@ the whole model at once (gradients, Wanda's pruned prefix) is one piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 import torch
@@ -21,28 +21,29 @@ from sparsekd_ray.teacher import payload
 from sparsekd_ray.teacher.forward import tokens
 from sparsekd_ray.teacher.signal import Target
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Made = tuple[Any, dict[str, Any]]  # a model, and facts about it
 MASKED, IMPORTANT = "masked", "important"
 
 
-def by_activations(task: Task, each: TaskMap, say: Say) -> Made:
+def by_activations(task: Task, each: TaskMap) -> Made:
     """The neurons missed least removed from every layer, the others refitted to do their work."""
-    return _narrower(task, width_of(task), None, each, say)
+    return _narrower(task, width_of(task), None, each)
 
 
-def by_gradients(task: Task, each: TaskMap, say: Say) -> Made:
+def by_gradients(task: Task, each: TaskMap) -> Made:
     """Neurons of least SDMPrune importance removed; the others refitted, which the paper does not do."""
     width = width_of(task)
-    say(f"gradients of {task.calibrate.samples} sequences, twice")
+    logger.info(f"gradients of {task.calibrate.samples} sequences, twice")
     ((_, kept),) = each(important, [(task, width)])
-    return _narrower(task, width, kept, each, say)
+    return _narrower(task, width, kept, each)
 
 
-def shallower(task: Task, each: TaskMap, say: Say) -> Made:
+def shallower(task: Task, each: TaskMap) -> Made:
     """Whole layers removed, by the angles or the influence that were measured."""
     model, dropped = task.load(), layers_to_drop(task)
-    say(f"drops layers {', '.join(map(str, dropped))} of {layer_count(model)}")
+    logger.info(f"drops layers {', '.join(map(str, dropped))} of {layer_count(model)}")
     return without_layers(model, dropped), {"dropped": dropped}
 
 
@@ -55,9 +56,9 @@ def layers_to_drop(task: Task) -> list[int]:
     return depth.influence(found["influence"], number)
 
 
-def masked(task: Task, each: TaskMap, say: Say) -> Made:
+def masked(task: Task, each: TaskMap) -> Made:
     """The same shapes with zeros in them."""
-    say(f"{task.settings.method} masks of every MLP matrix")
+    logger.info(f"{task.settings.method} masks of every MLP matrix")
     for _ in each(zeroed, [(task,)]):
         pass
     model, found = task.load(), task.published(MASKED, {})
@@ -122,11 +123,11 @@ def important(task: Task, width: int) -> list[list[int]]:
     return [kept_K.tolist() for kept_K in kept]
 
 
-def _narrower(task: Task, width: int, kept: list[list[int]] | None, each: TaskMap, say: Say) -> Made:
+def _narrower(task: Task, width: int, kept: list[list[int]] | None, each: TaskMap) -> Made:
     layers = spec.config_dict(task.folder())["num_hidden_layers"]
     pieces = [(task, layer, width, kept and kept[layer]) for layer in range(layers)]
     for done, _ in enumerate(each(narrow, pieces), 1):
-        say(f"{done}/{layers} layers cut to {width} neurons")
+        logger.info(f"{done}/{layers} layers cut to {width} neurons")
     found = [task.published(_name(i), {"width": width, "kept": kept and kept[i]}) for i in range(layers)]
     parts = [part for part in found if part is not None]
     assert len(parts) == layers, "every layer has just been cut"

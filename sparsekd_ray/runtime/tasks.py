@@ -1,6 +1,6 @@
-"""How a stage's independent pieces run: one after the other in this process, or wherever the caller spreads them.
+"""Maps a function over tasks: one after the other in this process, or side by side on Ray.
 
-A stage hands its pieces to an `Each`; it neither knows nor imports what runs them. Large results go through the
+A stage hands its tasks to a `TaskMap`; it neither knows nor imports what runs them. Large results go through the
 store, so only small values return.
 """
 
@@ -10,29 +10,61 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from sparsekd_ray.config import Execution
+from sparsekd_ray.runtime.logging import forwarding
+
 TaskMap = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
-"""(function, arguments of each piece) → (index, result) of every piece as it finishes, in any order. The function is
+"""(function, arguments of each task) → (index, result) of every task as it finishes, in any order. The function is
 of a module's top level and its arguments pickle, since they may travel to another machine."""
 
 
-def map_local(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+def map_local(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
     """In this process, in order."""
-    for index, arguments in enumerate(pieces):
-        with threads_for(len(pieces)):
+    for index, arguments in enumerate(tasks):
+        with threads_for(len(tasks)):
             result = function(*arguments)
         yield index, result
 
 
-@contextmanager
-def threads_for(pieces: int, threads: int | None = None) -> Iterator[None]:
-    """One CPU thread for each of several pieces, `threads` (by default as many as before) for a single one.
+def map_on_ray(execution: Execution, log_queue: Any) -> TaskMap:
+    """As Ray tasks: on a GPU each where the run has them, on a core each otherwise."""
+    import ray
 
-    Wherever a piece runs it has as many: the last bits of a sum depend on it.
+    from sparsekd_ray.runtime.cluster import unwrapped
+
+    def task_map(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        cpus = 1 if len(tasks) > 1 else execution.threads
+        resources = {"num_cpus": 0, "num_gpus": 1} if execution.gpus else {"num_cpus": cpus}
+        remote = ray.remote(_task).options(max_retries=execution.max_failures, **resources)
+        waiting = {
+            remote.remote(function, arguments, len(tasks), execution.threads, log_queue): index
+            for index, arguments in enumerate(tasks)
+        }
+        while waiting:
+            (done,), _ = ray.wait(list(waiting))
+            index, ref = waiting.pop(done), done
+            yield index, unwrapped(lambda ref=ref: ray.get(ref))  # type: ignore[misc]
+
+    return task_map
+
+
+def _task(
+    function: Callable[..., Any], arguments: tuple[Any, ...], tasks: int, threads: int, log_queue: Any
+) -> Any:
+    with forwarding(log_queue), threads_for(tasks, threads):
+        return function(*arguments)
+
+
+@contextmanager
+def threads_for(tasks: int, threads: int | None = None) -> Iterator[None]:
+    """One CPU thread for each of several tasks, `threads` (by default as many as before) for a single one.
+
+    A task has the same number of threads wherever it runs, because the last bits of a sum depend on it.
     """
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if pieces > 1 else threads or before)
+    torch.set_num_threads(1 if tasks > 1 else threads or before)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ Shapes: R sequences in all, B in a batch, of L tokens each.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -45,13 +46,14 @@ from sparsekd_ray.evaluate.perplexity import perplexity, token_nll, window_nll
 from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.standin.muon import Muon
 
+logger = logging.getLogger(__name__)
+
 END, PAD = "<|endoftext|>", "<|pad|>"
 TOKENIZER_CHARACTERS = 2_000_000  # twice as many save half a per cent of the tokens
 WARMUP = 0.05  # share of the steps
 RECENT = 40  # steps behind the reported training loss
 SAY_SECONDS = 5.0
 
-Say = Callable[[str], None]
 StandinConfig = Phi3Config | Qwen3Config
 StandinModel = Phi3ForCausalLM | Qwen3ForCausalLM
 NAMES = {"phi3": "Phi-3", "qwen3": "Qwen3"}
@@ -109,7 +111,6 @@ def pretrain(
     *,
     seed: int,
     checkpoints: Checkpoints,
-    say: Say,
     every: int = 80,
 ) -> dict[str, Any]:
     """Trains a stand-in on the corpus in `tokens_dir` and writes it into `out` as a Hugging Face directory.
@@ -128,8 +129,8 @@ def pretrain(
     run = _Run.start(_config(settings, tokens_dir, rows_RL.shape[1]), settings, seed)
     if folder := checkpoints.latest():
         run.restore(folder)
-        say(f"stand-in: goes on after step {run.step} of {settings.steps}")
-    tell = _teller(run, rows_RL.shape[1], settings, say)
+        logger.info(f"stand-in: goes on after step {run.step} of {settings.steps}")
+    tell = _teller(run, rows_RL.shape[1], settings)
     while run.step < settings.steps:
         started = time.monotonic()
         run.learn(_batch(rows_RL, run.step, settings.batch, seed), learning_rate(run.step, settings.steps))
@@ -291,7 +292,7 @@ def _matrices(model: StandinModel, settings: Standin) -> list[dict[str, Any]]:
     ]
 
 
-def _teller(run: _Run, length: int, settings: Standin, say: Say) -> Callable[[], None]:
+def _teller(run: _Run, length: int, settings: Standin) -> Callable[[], None]:
     """Says where the run is, every few seconds at most."""
     last = time.monotonic()
 
@@ -302,7 +303,7 @@ def _teller(run: _Run, length: int, settings: Standin, say: Say) -> Callable[[],
         last = time.monotonic()
         speed = run.step * settings.batch * length / run.seconds
         left = run.seconds / run.step * (settings.steps - run.step)
-        say(
+        logger.info(
             f"stand-in: step {run.step}/{settings.steps}  loss {run.losses[-1]:.2f}  {speed:,.0f} tokens/s  "
             f"{left:.0f} s to go"
         )

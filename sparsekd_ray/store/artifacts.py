@@ -23,7 +23,7 @@ import os
 import platform
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -234,11 +234,9 @@ class Store(Files):
         self.delete(f"{ref.key}/{CHECKPOINTS}")
         return record
 
-    def lease(
-        self, key: str, holder: str, *, ttl: float = 60.0, say: Callable[[str], None] = print
-    ) -> AbstractContextManager[Lease]:
+    def lease(self, key: str, holder: str, *, ttl: float = 60.0) -> AbstractContextManager[Lease]:
         """Hold ``key`` alone, or StoreError if somebody alive does. ``ttl`` seconds of silence end it."""
-        return held(self, f"{key}.lease", holder, ttl, say)
+        return held(self, f"{key}.lease", holder, ttl)
 
     def _promises(self, ref: Ref) -> dict[str, Fact]:
         """The published files that a record will list. Those on S3, perhaps made on other machines, were

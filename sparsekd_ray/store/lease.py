@@ -8,12 +8,13 @@ its next heartbeat, or from ``ensure``.
 """
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,8 @@ from sparsekd_ray.errors import StoreError
 
 if TYPE_CHECKING:
     from sparsekd_ray.store import Store
+
+logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS = {False: 0.3, True: 1.0}  # between a rival's read and its write, on local disk and on S3
 
@@ -56,10 +59,10 @@ class Lease:
 
 
 @contextmanager
-def held(store: "Store", key: str, holder: str, ttl: float, say: Callable[[str], None]) -> Iterator[Lease]:
+def held(store: "Store", key: str, holder: str, ttl: float) -> Iterator[Lease]:
     """Hold the file ``key`` until leaving, or StoreError saying who does. ``ttl`` in seconds."""
     lease = Lease(store, key, _body(holder), ttl)
-    _claim(lease, say)
+    _claim(lease)
     stop = threading.Event()
     heart = threading.Thread(target=_beat_until, args=(lease, stop), name=f"lease {key}", daemon=True)
     heart.start()
@@ -73,14 +76,14 @@ def held(store: "Store", key: str, holder: str, ttl: float, say: Callable[[str],
                 store.delete(key)
 
 
-def _claim(lease: Lease, say: Callable[[str], None]) -> None:
+def _claim(lease: Lease) -> None:
     store, key = lease.store, lease.key
     if not _read(store, key) and store.create(key, json.dumps(lease.body).encode()):
         return
     found = _read(store, key)
     if found.get("token") != lease.body["token"]:
         if found and not _dead(found):
-            _watch(lease, found, say)
+            _watch(lease, found)
         lease.body["heartbeat"] = time.time()
         store.write_text(key, json.dumps(lease.body))
     time.sleep(SETTLE_SECONDS[store.remote])
@@ -88,13 +91,15 @@ def _claim(lease: Lease, say: Callable[[str], None]) -> None:
         raise _held_by(lease, found)
 
 
-def _watch(lease: Lease, found: dict[str, Any], say: Callable[[str], None]) -> None:
+def _watch(lease: Lease, found: dict[str, Any]) -> None:
     """Return once the holder may be taken for dead; StoreError at its first sign of life."""
     silent = time.time() - found.get("heartbeat", 0)
     if silent <= lease.ttl and _same_machine(found):
         raise _held_by(lease, found)
     seconds = lease.ttl / 3 if silent > lease.ttl else lease.ttl  # a heartbeat comes every ttl / 4
-    say(f"{found.get('holder', 'somebody')} held {lease.key}: watching for {seconds:.0f} s if it is alive")
+    logger.warning(
+        f"{found.get('holder', 'somebody')} held {lease.key}: watching for {seconds:.0f} s if it is alive"
+    )
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(lease.ttl / 60)

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards, threshold
 from sparsekd_ray.teacher.codec import LARGEST_ID
 from sparsekd_ray.teacher.forward import Forward, lengths
+
+logger = logging.getLogger(__name__)
 
 THRESHOLD = "threshold.json"
 PILOT = 64  # sequences on which a sampler's threshold is set
@@ -97,7 +99,6 @@ def capture(
     settings: Teacher,
     store: Store,
     execution: Execution,
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Fills `out`'s working directory with shards and manifest; returns the metrics for its record."""
     source = corpus.read_manifest(store.fetch(texts, [corpus.MANIFEST]))
@@ -108,12 +109,12 @@ def capture(
     manifest["tokens"] = sum(tokens)
     arguments = (store, teacher, texts, out, manifest, execution.gpus)
     if settings.signal == "sampled":
-        manifest["threshold"] = _threshold(arguments, settings.bytes_per_token, say)
+        manifest["threshold"] = _threshold(arguments, settings.bytes_per_token)
     done = {name for name in store.published(out, "") if name.endswith(".parquet")}
     todo = {index: n for index, n in enumerate(tokens) if shards.shard_name(index) not in done}
     if done:
-        say(f"{len(tokens) - len(todo)} of {len(tokens)} shards are there already")
-    _fill(todo, len(tokens), _stream(list(todo), arguments, execution), say)
+        logger.info(f"{len(tokens) - len(todo)} of {len(tokens)} shards are there already")
+    _fill(todo, len(tokens), _stream(list(todo), arguments, execution))
     there = set(store.published(out))
     missing = [name for name in map(shards.shard_name, range(len(tokens))) if name not in there]
     if missing:
@@ -124,14 +125,14 @@ def capture(
     return {"tokens": manifest["tokens"], "shards": len(tokens)}
 
 
-def _fill(todo: dict[int, int], count: int, finished: Iterable[int], say: Callable[[str], None]) -> None:
+def _fill(todo: dict[int, int], count: int, finished: Iterable[int]) -> None:
     """Waits for the shards of `todo` (their tokens) to be finished, and says how fast that goes."""
     started, wanted = time.monotonic(), sum(todo.values())
     left, open_shards = wanted, len(todo)
     for index in finished:
         left, open_shards = left - todo[index], open_shards - 1
         rate = (wanted - left) / (time.monotonic() - started)
-        say(f"{count - open_shards}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left")
+        logger.info(f"{count - open_shards}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left")
 
 
 def _manifest(
@@ -183,11 +184,11 @@ def _tokens_by_shard(texts: Path, source: dict[str, Any], manifest: dict[str, An
     return [int(part.sum()) for part in np.split(lengths_B, ends)]
 
 
-def _threshold(arguments: tuple[Any, ...], bytes_per_token: float, say: Callable[[str], None]) -> float:
+def _threshold(arguments: tuple[Any, ...], bytes_per_token: float) -> float:
     """The sampler's threshold: of an earlier attempt at this cache, or found now by one actor."""
     store, _, _, out, _, gpu = arguments
     if (kept := store.pull(out, THRESHOLD)) is None:
-        say(f"looks for the threshold at which a sample takes {bytes_per_token:g} bytes per token")
+        logger.info(f"looks for the threshold at which a sample takes {bytes_per_token:g} bytes per token")
         options = {"num_gpus": 1} if gpu else {"num_cpus": 1}
         actor: Any = ray.remote(TeacherActor).options(**options).remote(*arguments)
         found = float(ray.get(actor.fit_threshold.remote(bytes_per_token)))

@@ -5,8 +5,9 @@ Torch and transformers alone. Shapes: N positions, V vocabulary, K kept ids.
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from sparsekd_ray.teacher import payload, shards
 from sparsekd_ray.teacher.forward import Forward, bucket, draws_of, lengths, longest_first, tokens
 from sparsekd_ray.teacher.signal import NOTHING, ROWS_PER_CHUNK, Target, joined, sampled
 
+logger = logging.getLogger(__name__)
+
 ALLOWED = {"plain": 1e-5, "compact": 2e-3, "sampled": 2e-2}
 """Mean distance between teacher and cache, beyond ten times what two passes of the teacher differ by: KL in nat for
 top-k; total variation for a sample, whose exact probabilities are off by up to 1/64."""
 NOISE = 1e-2  # no more is forgiven, however unsteady the teacher is
-Say = Callable[[str], None]
 
 
 def parents(store: Store, ref: Ref) -> dict[str, Ref]:
@@ -43,7 +45,7 @@ def parents(store: Store, ref: Ref) -> dict[str, Ref]:
     return {role: Ref.of(key) for role, key in record["inputs"].items()}
 
 
-def verify(store: Store, ref: Ref, sequences: int, seed: int, say: Say) -> dict[str, Any]:
+def verify(store: Store, ref: Ref, sequences: int, seed: int) -> dict[str, Any]:
     """Checks all of a cache and returns what was measured; IntegrityError at the first thing that is not as it should.
 
     `distance` is a mean over all positions of `sequences` sequences and over the stored temperatures. Of top-k,
@@ -54,19 +56,21 @@ def verify(store: Store, ref: Ref, sequences: int, seed: int, say: Say) -> dict[
     folder, texts = store.fetch(ref), store.fetch(of["texts"])
     manifest = shards.read_manifest(folder)
     _belongs(manifest, of, corpus.read_manifest(texts))
-    say(f"{len(manifest['shard_rows'])} shards: every checksum is that of the record")
+    logger.info(f"{len(manifest['shard_rows'])} shards: every checksum is that of the record")
     counts = {"shards": len(manifest["shard_rows"]), "rows": _count(folder, texts, manifest)}
-    say(f"{counts['rows']:,} rows, every one in its place, with its tokens, ids and probabilities in range")
+    logger.info(
+        f"{counts['rows']:,} rows, every one in its place, with its tokens, ids and probabilities in range"
+    )
     measured = _live(store.fetch(of["teacher"]), folder, texts, manifest, sequences, seed)
-    return measured | counts | {"allowed": _judge(measured, folder, manifest, say)}
+    return measured | counts | {"allowed": _judge(measured, folder, manifest)}
 
 
-def _judge(measured: dict[str, Any], folder: Path, manifest: dict[str, Any], say: Say) -> float:
+def _judge(measured: dict[str, Any], folder: Path, manifest: dict[str, Any]) -> float:
     """The distance that is allowed; IntegrityError beyond it."""
     form = "sampled" if manifest["signal"] == "sampled" else manifest["codec"]
     allowed = ALLOWED[form] + min(10 * measured["noise"], NOISE)
     name = "total variation" if form == "sampled" else "KL"
-    say(
+    logger.info(
         f"teacher now against cache, {measured['positions']:,} positions: {name} {measured['distance']:.2e} (the "
         f"teacher against itself {measured['noise']:.1e}, allowed {allowed:.1e})"
     )

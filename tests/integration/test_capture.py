@@ -145,7 +145,7 @@ def test_a_cache_of_unequal_rows_holds_each_row_and_passes_the_audit(unequal):
     assert "seq_len" not in manifest and manifest["tokens"] == sum(map(len, ids))
     teacher = Forward(loading.load(unequal.fetch(TEACHER)), manifest)
     assert torch.equal(cached[1].part(2).ids_NK, teacher.signal(rows.slice(SHARD_ROWS + 2, 1)).ids_NK)
-    measured = verify.verify(unequal, CACHE, sequences=9, seed=0, say=lambda line: None)
+    measured = verify.verify(unequal, CACHE, sequences=9, seed=0)
     assert measured["rows"] == len(rows) and measured["positions"] < 9 * LENGTH
     assert inspect.sequence(unequal, CACHE, "prose-train-000005", 2.0, top=3).row_count == len(ids[5]) - 1
     assert inspect.statistics(unequal, CACHE)["bytes_per_token"] > 0
@@ -169,7 +169,7 @@ def test_a_row_that_lost_its_end_is_found(unequal, codec):
         (folder / shards.MANIFEST).write_text(json.dumps(manifest))
     unequal.commit(out, identity={}, inputs=capturing.PARENTS, metrics={}, seconds=0)
     with pytest.raises(IntegrityError, match=r"00001\.parquet: its lengths"):
-        verify.verify(unequal, out, sequences=4, seed=0, say=lambda line: None)
+        verify.verify(unequal, out, sequences=4, seed=0)
 
 
 @pytest.mark.skipif(

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 from cascades import TINY
+from lines import recorded
 
 from sparsekd_ray.cascade import job
 from sparsekd_ray.config import parse
@@ -50,7 +51,7 @@ def outcome(store: Store) -> dict:
 def finished(cluster, tmp_path_factory) -> Store:
     """A finished run of the short plan."""
     root = tmp_path_factory.mktemp("finished")
-    job.main(tiny(str(root)), "python jobs/cascade.py", False, print)
+    job.main(tiny(str(root)), "python jobs/cascade.py", False)
     return Store(str(root))
 
 
@@ -90,8 +91,8 @@ def test_the_pruned_size_is_that_of_the_files(finished):
 
 def test_resubmitting_a_finished_run_does_nothing(finished):
     before = records_of(finished)
-    lines: list[str] = []
-    job.main(tiny(finished.root), "python jobs/cascade.py", False, lines.append)
+    with recorded() as lines:
+        job.main(tiny(finished.root), "python jobs/cascade.py", False)
     assert not any("▶" in line for line in lines)
     assert records_of(finished) == before
 
@@ -100,19 +101,20 @@ def test_the_same_figures_on_s3_and_a_second_machine_goes_on(finished, s3_server
     """The second machine has an empty disk; what it cannot find it makes from the store's artifacts."""
     root = f"s3://{s3_server.bucket}/cascade"
     store = Store(root, str(tmp_path / "one"))
-    said: list[str] = []
-    job.main(tiny(root, tmp_path / "one"), "python jobs/cascade.py", False, said.append)
+    with recorded() as said:
+        job.main(tiny(root, tmp_path / "one"), "python jobs/cascade.py", False)
     assert outcome(store) == outcome(finished)
     for step in job.preflight(tiny(root)):
         if step.kind in ("export", "evaluate"):
             store.delete(f"{step.ref.key}/record.json")
-    job.main(tiny(root, tmp_path / "two"), "python jobs/cascade.py", False, said.append)
+    with recorded() as more:
+        job.main(tiny(root, tmp_path / "two"), "python jobs/cascade.py", False)
     second = Store(root, str(tmp_path / "two"))
     assert outcome(second) == outcome(finished)
     written = [path for path in s3_server.directory.rglob("*") if path.is_file()]
     assert {"report.html", "record.json", "plan.json", "settings.yaml"} <= {path.name for path in written}
     for secret in (s3_server.secret_key, s3_server.access_key):
-        assert secret not in "\n".join(said)
+        assert secret not in "\n".join(said + more)
         assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from cascades import TINY, changed
+from lines import recorded
 
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.compare import comparison, run
@@ -166,13 +167,13 @@ def test_a_comparison_out_of_reach_is_refused_before_any_work(
     monkeypatch.setattr(run, "make", lambda *_: pytest.fail("work was begun"))
     config = changed("teacher.temperatures", [1.5, 2.0])
     with pytest.raises(ConfigError, match=message):
-        run.compare(config, methods, (sparsity,), (0,), False, "command", False, print)
+        run.compare(config, methods, (sparsity,), (0,), False, "command", False)
 
 
 def test_one_pruning_out_of_reach_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "make", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(ConfigError, match="can remove at most"):
-        run.run(changed("prune.align", 64), 0.9, False, print, print)
+        run.run(changed("prune.align", 64), 0.9, False, print)
 
 
 def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path) -> None:
@@ -182,13 +183,13 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
         "prune": {"method": "neurons"},
     }
     config, tables = parse(TINY | settings, "test"), []
-    run.run(config, 0.5, True, print, tables.append)
+    run.run(config, 0.5, True, tables.append)
     store = Store(str(tmp_path))
     assert not list(tmp_path.glob("artifacts/prune/*/*")), "nothing is pruned by a dry run"
     *layers, total = tables[0]
     assert [row["becomes"] for row in layers] == ["24 neurons"] * 2 and total["becomes"] == "−50.00%"
-    said: list[str] = []
-    found = run.compare(config, ("svd", "neurons"), (0.5,), (0,), False, "command", False, said.append)
+    with recorded():
+        found = run.compare(config, ("svd", "neurons"), (0.5,), (0,), False, "command", False)
     assert [row["method"] for row in found] == ["dense", "svd", "neurons"]
     assert all(row["prefill_speedup"] > 0 < row["decode_speedup"] for row in found[1:])
     assert found[1]["flops_per_token"] < found[0]["flops_per_token"] > found[2]["flops_per_token"]

@@ -118,7 +118,7 @@ def test_the_predicted_loss_is_what_the_outputs_miss_on_the_calibration_text(
     name: str, family: str, store: Store
 ) -> None:
     asked = pruning.task(store, DENSE[family], f"loss.{family}.{name}", SETTINGS[name], 0.4)
-    planned, facts = low_rank.plan(asked, map_local, print), finish(asked)
+    planned, facts = low_rank.plan(asked, map_local), finish(asked)
     measured = measured_loss(store, asked, planned.shapes)
     assert planned.loss == pytest.approx(measured, rel=1e-3, abs=1e-9)
     assert facts["predicted_loss"] == pytest.approx(sum(measured.values()), rel=1e-3)
@@ -186,7 +186,7 @@ def test_gate_and_up_share_a_basis_where_that_loses_less(store: Store) -> None:
     shapes = {}
     for method in ("svd", "svd-whitened"):
         asked = pruning.task(store, ref, "crafted", Prune(method=method, allocation="optimal"), 0.3)
-        shapes[method] = list(low_rank.plan(asked, map_local, print).shapes)
+        shapes[method] = list(low_rank.plan(asked, map_local).shapes)
     assert not any("gate_up" in name for name in shapes["svd"]) and len(shapes["svd"]) == 9
     assert [name for name in shapes["svd-whitened"] if ".0." in name or ".1." in name] == [
         f"model.layers.{tail}"
@@ -243,7 +243,7 @@ def test_a_killed_pruning_goes_on_with_what_is_missing_and_ends_the_same(
     monkeypatch.setattr(Task, "publish", noted)
     for count in (1, 2):
         try:
-            prune(killed, until(count, published), print)
+            prune(killed, until(count, published))
         except Killed:
             assert len(published) == count
     finish(killed)
@@ -298,7 +298,7 @@ def test_masks_are_held_through_a_distillation(store: Store, cluster: None) -> N
         os.environ["MASTER_PORT"] = str(PORT)
         from sparsekd_ray.distill.loop import distill
 
-        distill(job, store, Execution(workers=1), print)
+        distill(job, store, Execution(workers=1))
 
     PORT = free_port()
     ray.get(alone.remote())
@@ -316,8 +316,8 @@ def test_an_energy_stands_for_the_sparsity_at_which_its_ranks_come_out(store: St
     asked = pruning.task(store, DENSE["phi3"], "energy", settings, 0.5)
     shapes = spec.shapes_from_config(asked.folder())
     ranks = {n: svd.energy_rank(torch.from_numpy(low_rank.spectrum(asked, n)), 0.7) for n in shapes}
-    sparsity = low_rank.sparsity_at(asked, 0.7, map_local, lambda text: None)
-    planned = low_rank.plan(dataclasses.replace(asked, sparsity=sparsity), map_local, lambda text: None)
+    sparsity = low_rank.sparsity_at(asked, 0.7, map_local)
+    planned = low_rank.plan(dataclasses.replace(asked, sparsity=sparsity), map_local)
     assert all(
         planned.ranks[n] == (r if r * sum(shapes[n]) < math.prod(shapes[n]) else None)
         for n, r in ranks.items()

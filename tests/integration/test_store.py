@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import S3Server
+from lines import recorded
 
 from sparsekd_ray.errors import ConfigError, IntegrityError, StoreError
 from sparsekd_ray.store import Ref, Store, files
@@ -485,7 +486,7 @@ def test_full_disk_in_mid_write(where: str, tmp_path: Path) -> None:
         where,
         tmp_path / "disk",
         tmp_path / "scratch",
-        Path(__file__).parent,
+        Path(__file__).parents[1],
     ]
     process = subprocess.run([*alone, *arguments], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -613,8 +614,7 @@ def test_stopped_holder_loses_its_lease_and_learns_it(tmp_path: Path) -> None:
     process = holder(store, 1.0)
     process.send_signal(signal.SIGSTOP)
     time.sleep(1.2)
-    said: list[str] = []
-    with store.lease("runs/demo", "second", ttl=1.0, say=said.append) as lease:
+    with recorded() as said, store.lease("runs/demo", "second", ttl=1.0) as lease:
         assert "first driver" in said[0]
         process.send_signal(signal.SIGCONT)
         errors = process.communicate("go\n")[1]

@@ -87,9 +87,7 @@ def run(store: Store, actors: int = 2, settings: Teacher = TOPK, out: Ref = CACH
     if (record := store.record(out)) is not None:  # as the cascade's driver does
         return record
     execution = Execution(store=store.root, actors=actors)
-    metrics = capture.capture(
-        TEACHER, TEXTS, out, settings=settings, store=store, execution=execution, say=lambda line: None
-    )
+    metrics = capture.capture(TEACHER, TEXTS, out, settings=settings, store=store, execution=execution)
     return store.commit(out, identity=settings.model_dump(), inputs=PARENTS, metrics=metrics, seconds=0)
 
 
@@ -104,5 +102,5 @@ def content(store: Store, out: Ref = CACHE) -> dict[str, str]:
 if __name__ == "__main__":
     from sparsekd_ray.cascade.driver import connected
 
-    with connected(Execution(), print):
+    with connected(Execution()):
         run(Store(str(Path(sys.argv[1]))), actors=int(sys.argv[2]))

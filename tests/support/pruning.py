@@ -73,7 +73,7 @@ def statistics(store: Store, model: Ref) -> Ref:
     out = Ref("statistics", model.name, model.fingerprint)
     if store.record(out) is None:
         settings = {"settings": CALIBRATE, "groups": 1, "gpu": False}
-        run: dict[str, Any] = {"store": store, "each": map_local, "say": print}
+        run: dict[str, Any] = {"store": store, "each": map_local}
         commit(store, out, **calibrate.calibrate(model, TEXTS, out, **settings, **run))
     return out
 
@@ -121,7 +121,7 @@ def task(
 
 def finish(asked: Task, each: TaskMap = map_local) -> dict[str, Any]:
     """Prunes and commits; the facts."""
-    facts = prune(asked, each, lambda text: None)
+    facts = prune(asked, each)
     commit(asked.store, asked.out, **facts)
     return facts
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from capturing import TEACHER, TEXTS
+from lines import recorded
 
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Calibrate
@@ -46,9 +47,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def run(store: Store, out: Ref, model: Ref = QWEN, groups: int = 1, **more: Any) -> list[str]:
     """Runs the stage up to its record; returns what it said."""
-    said: list[str] = []
     arguments = {"settings": SETTINGS, "each": map_local, "gpu": False} | more
-    metrics = calibrate.calibrate(model, TEXTS, out, groups=groups, store=store, say=said.append, **arguments)
+    with recorded() as said:
+        metrics = calibrate.calibrate(model, TEXTS, out, groups=groups, store=store, **arguments)
     store.commit(out, identity={}, inputs={}, metrics=metrics, seconds=0)
     return said
 
@@ -122,7 +123,7 @@ def test_artifact_holds_the_statistics_of_the_sampled_rows(store: Store, model: 
     ids_BL = torch.tensor(rows.take(chosen)["input_ids"].to_pylist())
     loaded = loading.load(store.fetch(model))
     layers = loaded.config.num_hidden_layers
-    expected = statistics.collect(loaded, ids_BL, range(layers), lambda line: None)
+    expected = statistics.collect(loaded, ids_BL, range(layers))
     for index in range(layers):
         found = calibrate.layer(folder, index)
         assert found.keys() == expected[index].keys()
@@ -175,9 +176,9 @@ def test_a_killed_calibration_measures_only_what_is_missing(
     asked: list[int] = []
     honest = statistics.collect
 
-    def spy(model: Any, ids_BL: torch.Tensor, layers: Sequence[int], say: Any) -> Any:
+    def spy(model: Any, ids_BL: torch.Tensor, layers: Sequence[int]) -> Any:
         asked.extend(layers)
-        return honest(model, ids_BL, layers, say)
+        return honest(model, ids_BL, layers)
 
     monkeypatch.setattr(statistics, "collect", spy)
     said = run(store, out, groups=2)

@@ -105,7 +105,7 @@ def small_corpus(sources: tuple[Source, ...], **settings: object) -> Corpus:
 
 
 def build_in(out: Path, corpus: Corpus, tokenizer_dir: Path, seed: int = 1) -> dict:
-    return build(corpus, tokenizer_dir, out, seed=seed, say=lambda line: None)
+    return build(corpus, tokenizer_dir, out, seed=seed)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

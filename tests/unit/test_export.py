@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lines import recorded
 from models import FAMILIES, FORMS, dense_directory, logits, student_of
 
 from sparsekd_ray.errors import ModelError
@@ -113,9 +114,9 @@ def test_exports_load_where_this_package_is_not(
         tokenizer = dense_directory(tmp_path / f"tokens-{form}", form.family, True)
         student, _ = student_of(form, tied=i % 2 == 0)
         saving.save(student, tokenizer, source := tmp_path / f"student-{form}", "card")
-        said: list[str] = []
         out, given = tmp_path / f"{form}", facts | {"method": "svd"}
-        metrics = export.export(source, out, card_facts=given, say=said.append)
+        with recorded() as said:
+            metrics = export.export(source, out, card_facts=given)
         assert set(metrics) == {"low-rank", "merged"} and len(said) == 2
         if form.bias:
             assert "biases" in metrics.pop("merged")["absent"] and not (out / "merged").exists()
@@ -127,7 +128,7 @@ def test_exports_load_where_this_package_is_not(
     for family, kind in itertools.product(FAMILIES, ("narrower", "shallower", "masked")):
         source = stock_student(family, kind, tmp_path / f"student-{family}-{kind}")
         out = tmp_path / f"{family}-{kind}"
-        metrics = export.export(source, out, card_facts=facts, say=print)
+        metrics = export.export(source, out, card_facts=facts)
         assert set(metrics) == {"stock"} and {p.name for p in out.iterdir()} == {"stock"}
         meant[out / "stock"] = loading.load(source)
         shutil.rmtree(source)
@@ -166,7 +167,7 @@ def outsider(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch)
 
 def test_a_mask_and_its_name_survive_export(module_cache: Path, tmp_path: Path) -> None:
     source = stock_student("phi3", "masked", tmp_path / "student")
-    export.export(source, tmp_path / "out", card_facts={"sparsity": 0.5, "method": "wanda"}, say=print)
+    export.export(source, tmp_path / "out", card_facts={"sparsity": 0.5, "method": "wanda"})
     exported, ours = loading.load(tmp_path / "out" / "stock"), loading.load(source)
     assert exported.config.mlp_mask == "wanda"
     assert all(torch.equal(t, exported.state_dict()[name]) for name, t in ours.state_dict().items())
@@ -240,4 +241,4 @@ def test_a_directory_that_is_not_the_student_is_no_export(
     monkeypatch.setattr(saving, "logits_difference", lambda one, other: float("nan"))
     monkeypatch.setattr(saving, "save", lambda model, source, out, card: model.save_pretrained(out))
     with pytest.raises(ModelError, match="does not load as exported"):
-        export.export(source, tmp_path / "out", card_facts={"sparsity": 0.5}, say=print)
+        export.export(source, tmp_path / "out", card_facts={"sparsity": 0.5})

@@ -35,7 +35,7 @@ def naive(model, streams, window, stride):
 def test_both_protocols(model):
     rng = np.random.default_rng(0)
     streams = {"a": rng.integers(0, 61, 417), "b": rng.integers(0, 61, 16), "short": rng.integers(0, 61, 9)}
-    found = evaluate(model, streams, window=512, say=lambda text: None)
+    found = evaluate(model, streams, window=512)
     assert (found["window"], found["stride"]) == (16, 8) == protocol(512, 16)
     for name, stride in (("sliding", 8), ("disjoint", 16)):
         expected, tokens = naive(model, streams.values(), 16, stride)

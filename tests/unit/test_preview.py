@@ -27,7 +27,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_table_is_what_the_pruning_does(name: str, family: str, store: Store) -> None:
     asked = pruning.task(store, DENSE[family], f"{family}.{name}", SETTINGS[name], 1 / 3)
-    rows = preview.table(asked, map_local, lambda text: None)
+    rows = preview.table(asked, map_local)
     made = Path(store.workdir(asked.out)).glob("**/*.safetensors")
     assert all(path.name.endswith(".spectrum.safetensors") for path in made), (
         "spectra are kept, no model is made"
@@ -53,7 +53,7 @@ def test_the_table_of_a_second_round(storage: str, store: Store) -> None:
     one = pruning.task(store, DENSE["phi3"], f"one.{storage}", settings, 0.3)
     finish(one)
     two = pruning.task(store, one.out, f"two.{storage}", settings, 0.5, dense=DENSE["phi3"])
-    rows = preview.table(two, map_local, lambda text: None)
+    rows = preview.table(two, map_local)
     assert preview.total(rows)["parameters"] == finish(two)["mlp_params"]
     ranks = spec.mlp_ranks(store.fetch(two.out))
     assert {row["matrix"]: row["becomes"] for row in rows} == {
@@ -66,4 +66,4 @@ def test_the_table_refuses_what_the_pruning_would(store: Store) -> None:
     finish(one)
     two = pruning.task(store, DENSE["phi3"], "after", SETTINGS["neurons"], 0.5)
     with pytest.raises(ModelError, match="low-rank already"):
-        preview.table(Task(**vars(two) | {"model": one.out}), map_local, print)
+        preview.table(Task(**vars(two) | {"model": one.out}), map_local)

@@ -44,7 +44,7 @@ def test_weights_that_are_not_finite_are_named(name: str, tensor: str, store: St
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(calibrate, "check", lambda *_: None)
         with pytest.raises(ModelError, match=rf"{tensor}\.weight holds NaN or infinity"):
-            prune(asked, map_local, print)
+            prune(asked, map_local)
 
 
 @pytest.mark.parametrize("name", ["whitened", "svd-optimal", "neurons", "sdm", "depth-block"])
@@ -52,7 +52,7 @@ def test_statistics_of_another_model_are_refused(name: str, store: Store) -> Non
     other = pruning.statistics(store, DENSE["phi3"])
     asked = pruning.task(store, DENSE["qwen3"], f"other.{name}", SETTINGS[name], 0.4, statistics=other)
     with pytest.raises(ModelError, match=r"statistics are of the model aaphi3, not of aaqwen3"):
-        prune(asked, map_local, print)
+        prune(asked, map_local)
 
 
 def test_what_a_method_would_cut_in_half_is_refused(store: Store) -> None:
@@ -67,12 +67,12 @@ def test_what_a_method_would_cut_in_half_is_refused(store: Store) -> None:
             asked = pruning.task(store, DENSE["phi3"], f"half.{source}.{name}", SETTINGS[name], 0.6)
             asked = Task(**vars(asked) | {"model": students[source]})
             with pytest.raises(ModelError, match=message):
-                prune(asked, map_local, print)
+                prune(asked, map_local)
     for name in ("svd-tiered", "whitened"):
         for source, message in (("bias", "has biases"), ("wanda", "masked by wanda")):
             asked = pruning.task(store, DENSE["phi3"], f"half.{source}.{name}", SETTINGS[name], 0.6)
             with pytest.raises(ModelError, match=message):
-                prune(Task(**vars(asked) | {"model": students[source]}), map_local, print)
+                prune(Task(**vars(asked) | {"model": students[source]}), map_local)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -84,7 +84,7 @@ def test_budgets_out_of_reach_are_refused_and_nothing_is_kept(
         return  # masks reach any share, and a thousandth is within the tolerance of ranks
     asked = pruning.task(store, DENSE["phi3"], f"reach.{name}.{sparsity}", SETTINGS[name], sparsity)
     with pytest.raises(ConfigError, match=r"ask for a sparsity|whole layers allow"):
-        prune(asked, map_local, print)
+        prune(asked, map_local)
     assert not list(store.workdir(asked.out).rglob("*.safetensors"))
 
 
@@ -94,7 +94,7 @@ def test_a_second_round_cannot_go_back(store: Store) -> None:
         finish(one)
         two = pruning.task(store, one.out, f"back.{name}", SETTINGS[name], 0.3, dense=DENSE["phi3"])
         with pytest.raises(ConfigError, match=r"sparsity"):
-            prune(two, map_local, print)
+            prune(two, map_local)
 
 
 def test_sdm_takes_a_cache_of_its_own_text_at_its_temperature(store: Store) -> None:
@@ -103,10 +103,10 @@ def test_sdm_takes_a_cache_of_its_own_text_at_its_temperature(store: Store) -> N
 
     settings = SETTINGS["sdm"].model_copy(update={"temperature": 0.75})
     with pytest.raises(ModelError, match=r"temperatures \[0.5, 2.0\] and 1, not 0.75"):
-        prune(asked(), map_local, print)
+        prune(asked(), map_local)
     settings = SETTINGS["sdm"]
     with pytest.raises(ModelError, match="of another corpus"):
-        prune(asked(cache=pruning.cache(store, DENSE["phi3"], "elsewhere")), map_local, print)
+        prune(asked(cache=pruning.cache(store, DENSE["phi3"], "elsewhere")), map_local)
 
 
 def test_sdm_keeps_what_the_cached_teacher_would_miss(store: Store) -> None:

@@ -107,9 +107,7 @@ class Folder:
 def train(
     texts: Path, out: Path, checkpoints: Folder, settings: Standin = SMALL, seed: int = 7
 ) -> dict[str, float]:
-    metrics = pretrain.pretrain(
-        settings, texts, out, seed=seed, checkpoints=checkpoints, say=lambda line: None, every=4
-    )
+    metrics = pretrain.pretrain(settings, texts, out, seed=seed, checkpoints=checkpoints, every=4)
     return {name: value for name, value in metrics.items() if name not in TIMES}
 
 
@@ -252,10 +250,9 @@ def test_tokenizer_needs_text(documents: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["phi3", "qwen3"])
 def test_training_learns(texts: Path, tmp_path: Path, family: str) -> None:
-    said: list[str] = []
     settings = SMALL.model_copy(update={"steps": 60, "family": family})
     metrics = pretrain.pretrain(
-        settings, texts, tmp_path, seed=0, checkpoints=Folder(tmp_path / "kept"), say=said.append, every=50
+        settings, texts, tmp_path, seed=0, checkpoints=Folder(tmp_path / "kept"), every=50
     )
     progress = json.loads((tmp_path / "kept" / "step-000050" / "progress.json").read_text())
     assert abs(progress["losses"][0] - np.log(310)) < 0.3  # knows nothing yet: all tokens alike

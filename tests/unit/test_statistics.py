@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from lines import recorded
 
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import loading, spec
@@ -94,8 +95,9 @@ def naive(model: Any, ids_BL: torch.Tensor) -> tuple[dict[int, dict[str, torch.T
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", ["tied", "untied", "low-rank"])
 def test_statistics_are_those_of_the_definition(family: str, form: str) -> None:
-    ids_BL, said = some_ids(), []
-    found = statistics.collect(some_model(family, form), ids_BL, [0, 1, 2], said.append)
+    ids_BL = some_ids()
+    with recorded() as said:
+        found = statistics.collect(some_model(family, form), ids_BL, [0, 1, 2])
     wanted, _ = naive(some_model(family, form), ids_BL)
     assert said == [f"layers 0 to 2: {done}/7 sequences" for done in (3, 6, 7)]
     assert list(found) == [0, 1, 2]
@@ -125,7 +127,7 @@ class Joint(torch.nn.Module):
 def test_a_joint_matrix_in_place_of_gate_and_up_is_seen_under_its_name() -> None:
     separate, joint = (some_model("qwen3", "tied") for _ in range(2))
     joint.model.layers[1].mlp = Joint(joint.model.layers[1].mlp)
-    one, other = (statistics.collect(m, some_ids(), [1], lambda line: None)[1] for m in (separate, joint))
+    one, other = (statistics.collect(m, some_ids(), [1])[1] for m in (separate, joint))
     both = torch.cat([one["fisher.gate_proj"], one["fisher.up_proj"]])
     torch.testing.assert_close(other["fisher.gate_up_proj"], both, rtol=1e-4, atol=0)
     torch.testing.assert_close(other["inner.gram"], one["inner.gram"])
@@ -133,9 +135,9 @@ def test_a_joint_matrix_in_place_of_gate_and_up_is_seen_under_its_name() -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_is_the_same_bit_for_bit_whatever_is_measured_beside_it(family: str) -> None:
-    together = statistics.collect(some_model(family, "tied"), some_ids(), [0, 1, 2], lambda line: None)
+    together = statistics.collect(some_model(family, "tied"), some_ids(), [0, 1, 2])
     for layers in ([0], [1], [2], [2, 1], [0, 2]):
-        found = statistics.collect(some_model(family, "tied"), some_ids(), layers, lambda line: None)
+        found = statistics.collect(some_model(family, "tied"), some_ids(), layers)
         assert list(found) == sorted(layers)
         for index in layers:
             assert all(torch.equal(value, together[index][name]) for name, value in found[index].items())
@@ -167,7 +169,7 @@ def test_angles_and_influence_are_those_of_the_definition(family: str) -> None:
 def test_the_model_comes_back_without_hooks_and_without_gradients() -> None:
     model, ids_BL = some_model("phi3", "tied"), some_ids()
     before = model(input_ids=ids_BL).logits.detach()
-    statistics.collect(model, ids_BL, [1], lambda line: None)
+    statistics.collect(model, ids_BL, [1])
     statistics.stack(model, ids_BL)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
@@ -193,9 +195,9 @@ def test_values_that_are_not_finite_are_named_where_they_arise() -> None:
     model = some_model("phi3", "tied")
     model.model.layers[1].mlp.gate_up_proj.weight.data[3, 4] = torch.nan
     with pytest.raises(ModelError, match=r"layer 1: inner\.gram is NaN"):
-        statistics.collect(model, some_ids(), [0, 1, 2], lambda line: None)
+        statistics.collect(model, some_ids(), [0, 1, 2])
     with pytest.raises(ModelError, match=r"layer 0: fisher\.down_proj is NaN"):
-        statistics.collect(model, some_ids(), [0], lambda line: None)
+        statistics.collect(model, some_ids(), [0])
     with pytest.raises(ModelError, match=r"residual stream around layer 1 is NaN"):
         statistics.stack(model, some_ids())
 
@@ -208,4 +210,4 @@ def test_gradients_that_are_not_finite_are_named_where_they_arise() -> None:
 
     model.model.layers[1].mlp.up_proj.register_forward_hook(lambda m, a, y: y.register_hook(spoil) and None)
     with pytest.raises(ModelError, match=r"layer 1: fisher\.up_proj is NaN"):
-        statistics.collect(model, some_ids(), [0, 1, 2], lambda line: None)
+        statistics.collect(model, some_ids(), [0, 1, 2])

@@ -1,0 +1,100 @@
+"""Log lines from any process of a cluster, printed by the driver.
+
+Every module logs through `logging.getLogger(__name__)`. The console prints three kinds of lines:
+
+- headlines (`headline`): the plan, the start and the end of a step, the result. They are always printed.
+- INFO of any other module: progress inside a step. Indented, and at most one line a second is printed.
+- WARNING and above: always printed, with the level before it.
+
+A process on another machine sends its records through a Ray queue (`forwarding`); the driver prints them (`listening`).
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+PACKAGE = logging.getLogger("sparsekd_ray")
+HEADLINES = logging.getLogger("sparsekd_ray.headlines")
+SECONDS_BETWEEN_PROGRESS_LINES = 1.0
+
+
+def headline(text: str) -> None:
+    """Logs a line that the console prints as it is, whatever was printed just before."""
+    HEADLINES.info(text)
+
+
+class Console(logging.Handler):
+    """Prints records on standard output, each line at once, also when the output is a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.printed = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text, now = record.getMessage(), time.monotonic()
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        elif record.name != HEADLINES.name:
+            if now - self.printed < SECONDS_BETWEEN_PROGRESS_LINES:
+                return
+            text = f"      {text}"
+        print(text, flush=True)
+        self.printed = now
+
+
+def setup() -> None:
+    """Prints this package's log lines; called once by every command. Text that the output cannot hold is replaced."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII log must not end a run at its first "·"
+    PACKAGE.setLevel(logging.INFO)
+    if not any(isinstance(handler, Console) for handler in PACKAGE.handlers):
+        PACKAGE.addHandler(Console())
+
+
+@contextmanager
+def forwarding(queue: Any) -> Iterator[None]:
+    """Sends this process's log lines to the driver while the block runs; `queue` is what `listening` gave."""
+    handler = logging.handlers.QueueHandler(queue)
+    level = PACKAGE.level
+    PACKAGE.addHandler(handler)
+    PACKAGE.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        PACKAGE.removeHandler(handler)
+        PACKAGE.setLevel(level)
+
+
+class _Relay(logging.handlers.QueueListener):
+    """Hands the records of other processes to the loggers that they name, as if they were logged here."""
+
+    def handle(self, record: logging.LogRecord) -> None:
+        logging.getLogger(record.name).handle(record)
+
+
+@contextmanager
+def listening() -> Iterator[Any]:
+    """A Ray queue for `forwarding`, whose records reach this process's loggers until the block ends."""
+    import ray
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # the driver's node: another one may go
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    listener = _Relay(queue)
+    listener.start()
+    try:
+        yield queue
+    finally:
+        with suppress(ray.exceptions.RayError):
+            listener.stop()  # prints what has arrived first
+        if ray.is_initialized():
+            queue.shutdown(force=True)
