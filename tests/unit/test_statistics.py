@@ -178,14 +178,12 @@ def test_the_model_comes_back_without_hooks_and_without_gradients() -> None:
 
 def test_products_are_in_full_precision_and_the_setting_is_restored() -> None:
     seen: list[str] = []
+    model = some_model("qwen3", "tied")
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    model.base_model.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
     torch.set_float32_matmul_precision("high")
     try:
-        statistics.collect(
-            some_model("qwen3", "tied"),
-            some_ids(),
-            [0],
-            lambda _: seen.append(torch.get_float32_matmul_precision()),
-        )
+        statistics.collect(model, some_ids(), [0])
         assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
