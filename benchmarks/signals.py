@@ -19,10 +19,11 @@ from benchmarks.trained import open_store
 from sparsekd_ray import corpus
 from sparsekd_ray.distill import schedule
 from sparsekd_ray.distill.loss import kd_loss
+from sparsekd_ray.model.head import ROWS_PER_CHUNK
 from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.teacher import shards, threshold
 from sparsekd_ray.teacher.forward import Forward, tokens
-from sparsekd_ray.teacher.signal import ROWS_PER_CHUNK, Target, joined
+from sparsekd_ray.teacher.signal import Target, joined
 
 BATCH, LR, WARMUP = 8, 4e-3, 0.05
 TEACHER, STUDENT = "dense+kd", "round 3 pruned"

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
+from sparsekd_ray.model import head
 from sparsekd_ray.teacher.signal import Target
-
-ROWS_PER_CHUNK = 512
 
 
 def kd_loss(
@@ -61,18 +60,18 @@ class _ChunkedKD(torch.autograd.Function):
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if head_VD.requires_grad else None
         kl_sum = hidden_ND.new_zeros((), dtype=torch.float32)
         ce_sum = hidden_ND.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden_ND), ROWS_PER_CHUNK):
-            rows = slice(start, start + ROWS_PER_CHUNK)
-            hidden_nD = hidden_ND[rows]
+        start = 0
+        for logits_nV in head.chunks(hidden_ND, head_VD):
+            rows = slice(start, start + len(logits_nV))
+            start = rows.stop
             chunk = Target(*(column[rows] for column in target))
-            logits_nV = (hidden_nD @ head_VD.T).float()
             kl, ce, grad_nV = chunk_loss(logits_nV, labels_N[rows], chunk, temperature, kl_weight, ce_weight)
             kl_sum += kl
             ce_sum += ce
             grad_nV = grad_nV.to(hidden_ND.dtype)
             torch.mm(grad_nV, head_VD, out=grad_hidden_ND[rows])
             if grad_head_VD is not None:
-                grad_head_VD += grad_nV.T @ hidden_nD
+                grad_head_VD += head.product(grad_nV.T, hidden_ND[rows])
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
         ctx.head_dtype = head_VD.dtype
         ctx.mark_non_differentiable(kl_sum, ce_sum)

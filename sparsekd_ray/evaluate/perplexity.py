@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sparsekd_ray.model import head
+
 logger = logging.getLogger(__name__)
 
 WINDOWS_PER_BATCH = 16
-ROWS_PER_CHUNK = 512
 
 
 def protocol(window: int, context: int) -> tuple[int, int]:
@@ -52,9 +53,11 @@ def token_nll(model: Any, input_ids_BL: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of every token but the first [B, L − 1], logits a chunk of positions at a time."""
     hidden_BLD = model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state[:, :-1]
     hidden_ND, labels_N = hidden_BLD.flatten(0, 1), input_ids_BL[:, 1:].flatten()
-    head_VD = model.get_output_embeddings().weight
-    chunks = zip(hidden_ND.split(ROWS_PER_CHUNK), labels_N.split(ROWS_PER_CHUNK), strict=True)
-    nll = [F.cross_entropy((h @ head_VD.T).float(), y, reduction="none") for h, y in chunks]
+    logits = head.chunks(hidden_ND, head.weight(model))
+    nll = [
+        F.cross_entropy(logits_nV, labels_n, reduction="none")
+        for logits_nV, labels_n in zip(logits, labels_N.split(head.ROWS_PER_CHUNK), strict=True)
+    ]
     return torch.cat(nll).view(hidden_BLD.shape[:2])
 
 

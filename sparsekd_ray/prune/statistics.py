@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd_ray.errors import ModelError
+from sparsekd_ray.model import head
 
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = (
     1024  # bounds the activations kept for the backward pass; the last bits of a sum depend on it
 )
-ROWS_PER_CHUNK = 512
 
 Sums = dict[str, Tensor]
 
@@ -110,14 +110,14 @@ def batches(ids_BL: Tensor) -> Iterator[tuple[int, Tensor]]:
 def nll_gradient(hidden_BLD: Tensor, head_VD: Tensor, ids_BL: Tensor) -> Tensor:
     """∂NLL/∂hidden [B, L, D] of the negative log-likelihood summed over every token but each sequence's first.
 
-    ∂NLL/∂logits is softmax(logits) − onehot(next token); both exist for `ROWS_PER_CHUNK` positions at a time.
+    ∂NLL/∂logits is softmax(logits) − onehot(next token); both exist for `head.ROWS_PER_CHUNK` positions at a time.
     """
     hidden_ND, labels_N = hidden_BLD[:, :-1].flatten(0, 1), ids_BL[:, 1:].flatten()
     parts = []
-    for rows_nD, labels_n in zip(
-        hidden_ND.split(ROWS_PER_CHUNK), labels_N.split(ROWS_PER_CHUNK), strict=True
+    for logits_nV, labels_n in zip(
+        head.chunks(hidden_ND, head_VD), labels_N.split(head.ROWS_PER_CHUNK), strict=True
     ):
-        grad_nV = (rows_nD @ head_VD.T).float().softmax(-1)
+        grad_nV = logits_nV.softmax(-1)
         grad_nV.scatter_add_(1, labels_n[:, None], -torch.ones_like(grad_nV[:, :1]))
         parts.append(grad_nV.to(head_VD.dtype) @ head_VD)
     grad_BLD = torch.zeros_like(hidden_BLD)  # a last token predicts nothing
@@ -127,7 +127,7 @@ def nll_gradient(hidden_BLD: Tensor, head_VD: Tensor, ids_BL: Tensor) -> Tensor:
 
 def _forward_backward(model: Any, ids_BL: Tensor) -> None:
     hidden_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    hidden_BLD.backward(nll_gradient(hidden_BLD, model.get_output_embeddings().weight, ids_BL))
+    hidden_BLD.backward(nll_gradient(hidden_BLD, head.weight(model), ids_BL))
 
 
 def _begin_graph(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -17,7 +17,9 @@ import pyarrow as pa
 import torch
 
 from sparsekd_ray.errors import CorpusError, ModelError
-from sparsekd_ray.teacher.signal import NOTHING, ROWS_PER_CHUNK, Sampled, TopK, padded, sampled, topk
+from sparsekd_ray.model import head
+from sparsekd_ray.model.head import ROWS_PER_CHUNK
+from sparsekd_ray.teacher.signal import NOTHING, Sampled, TopK, padded, sampled, topk
 
 SEQUENCES = {"cpu": 16, "cuda": 64}
 """At first, and on one kind of card the same in every process: the last bits of a result depend on it."""
@@ -66,11 +68,7 @@ class Forward:
         """The logits of every position but each sequence's last, `ROWS_PER_CHUNK` positions at a time."""
         ids_BL = input_ids_BL.to(self.model.device)
         hidden_BLD = self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[:, :-1]
-        head_VD = self.model.get_output_embeddings().weight
-        for rows_nD in hidden_BLD.flatten(0, 1).split(ROWS_PER_CHUNK):
-            # bf16 logits of 20 would be 0.06 nat off: the product is accumulated in fp32 anyway, and kept so
-            wide = rows_nD.is_cuda and rows_nD.dtype != torch.float32
-            yield torch.mm(rows_nD, head_VD.T, out_dtype=torch.float32) if wide else rows_nD @ head_VD.T
+        yield from head.chunks(hidden_BLD.flatten(0, 1), head.weight(self.model))
 
     @torch.inference_mode()
     def _signal(self, rows: pa.Table) -> TopK | Sampled:

@@ -18,9 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-ROWS_PER_CHUNK = (
-    512  # rows of logits in memory at once: enough for a good GEMM, 400 MB in fp32 at V = 200,064
-)
 GROUP = 32  # neighbouring ids that share one maximum in the search for the k largest
 NOTHING = -1e4  # log-probability of the ids that pad a position: its exponential is 0
 

@@ -18,10 +18,11 @@ import torch
 from sparsekd_ray import corpus
 from sparsekd_ray.errors import ConfigError, IntegrityError
 from sparsekd_ray.model import loading
+from sparsekd_ray.model.head import ROWS_PER_CHUNK
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import payload, shards
 from sparsekd_ray.teacher.forward import Forward, bucket, draws_of, lengths, longest_first, tokens
-from sparsekd_ray.teacher.signal import NOTHING, ROWS_PER_CHUNK, Target, joined, sampled
+from sparsekd_ray.teacher.signal import NOTHING, Target, joined, sampled
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsekd_ray.distill.loss import ROWS_PER_CHUNK, kd_loss
+from sparsekd_ray.distill.loss import kd_loss
+from sparsekd_ray.model.head import ROWS_PER_CHUNK
 from sparsekd_ray.teacher.signal import Target, sampled, tempered, topk
 
 

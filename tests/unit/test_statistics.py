@@ -10,7 +10,7 @@ import transformers
 from lines import recorded
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading, spec
+from sparsekd_ray.model import head, loading, spec
 from sparsekd_ray.prune import statistics
 
 torch.set_num_threads(1)
@@ -22,7 +22,7 @@ VOCABULARY, LENGTH, SEQUENCES = 97, 13, 7
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "TOKENS_PER_BATCH", 3 * LENGTH + 2)  # batches of 3, 3 and 1
-    monkeypatch.setattr(statistics, "ROWS_PER_CHUNK", 10)
+    monkeypatch.setattr(head, "ROWS_PER_CHUNK", 10)
 
 
 def some_ids(seed: int = 0) -> torch.Tensor:
