@@ -19,7 +19,7 @@ from sparsekd_ray.store import Ref
 # raised when a stage's code changes what it computes, so that older artifacts are not taken for new ones
 VERSIONS = {
     "tokenizer": 1,
-    "corpus": 1,
+    "corpus": 2,
     "dense": 1,
     "cache": 2,
     "statistics": 1,

@@ -15,9 +15,11 @@ from sparsekd_ray.corpus.shards import (
 )
 from sparsekd_ray.corpus.sources import documents, identify
 from sparsekd_ray.corpus.splits import side, train_documents
+from sparsekd_ray.corpus.test_text import Document, read_test_text
 
 __all__ = [
     "MANIFEST",
+    "Document",
     "build",
     "documents",
     "domain_streams",
@@ -25,6 +27,7 @@ __all__ = [
     "read_manifest",
     "read_rows",
     "read_shard",
+    "read_test_text",
     "side",
     "tokenizer_hash",
     "train_documents",

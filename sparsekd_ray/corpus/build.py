@@ -26,6 +26,7 @@ from sparsekd_ray.config import Corpus, Source
 from sparsekd_ray.corpus.shards import MANIFEST, domain_table, tokenizer_hash, write_shards
 from sparsekd_ray.corpus.sources import documents, test_source
 from sparsekd_ray.corpus.splits import SPLITS, digest, quotas, with_split
+from sparsekd_ray.corpus.test_text import Document, write_test_text
 from sparsekd_ray.errors import CorpusError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,12 @@ class Packer:
     seq_len: int
     longest: int
     """Tokens that one document may give."""
+    keep_text: bool = False
     tokens: int = 0
     left_out: int = 0
     documents: int = 0
     pieces: list[np.ndarray] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     @property
     def full(self) -> bool:
@@ -66,7 +69,7 @@ class Packer:
     def dropped(self) -> int:
         return self.left_out + self.tokens - self.count * self.seq_len
 
-    def add(self, ids: np.ndarray) -> None:
+    def add(self, text: str, ids: np.ndarray) -> None:
         """Takes in one document, which ends with the end-of-text token."""
         if self.full:
             return
@@ -75,6 +78,8 @@ class Packer:
         self.tokens += len(kept)
         self.left_out += len(ids) - len(kept)
         self.documents += 1
+        if self.keep_text:
+            self.texts.append(text)
 
     def rows(self) -> np.ndarray:
         """int32 [count, seq_len]."""
@@ -97,6 +102,8 @@ def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int) -> dict[
         if split == "train":
             table = table.take(np.random.default_rng(seed).permutation(table.num_rows))
         write_shards(table, out / split, corpus.shard_rows)
+    for name, packers in packed.items():
+        write_test_text(out, name, (Document((text,), text) for text in packers["test"].texts))
     _copy_tokenizer(tokenizer_dir, out / "tokenizer")
     manifest = _manifest(corpus, tokenizer, packed)
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -110,6 +117,7 @@ def _pack(
     others = test_source(source)
     whole = {"train", "test"} if others else {"train"}
     packers = {split: _packer(rows, corpus.seq_len, split in whole) for split, rows in quota.items()}
+    packers["test"].keep_text = True
     test, train = packers["test"], packers["train"]
     here, tell, tests = packers, _teller(source.name, packers), frozenset[bytes]()
     if others:
@@ -144,8 +152,8 @@ def _fill(
         if not batch:
             return
         wanted = [(packers[s], text) for s, text in batch if s in packers and not packers[s].full]
-        for (packer, _), ids in zip(wanted, encode([text for _, text in wanted]), strict=True):
-            packer.add(ids)
+        for (packer, text), ids in zip(wanted, encode([text for _, text in wanted]), strict=True):
+            packer.add(text, ids)
         tell()
 
 

@@ -27,6 +27,7 @@ from sparsekd_ray.corpus import (
     embedded,
     identify,
     read_rows,
+    read_test_text,
     side,
     tokenizer_hash,
     train_documents,
@@ -189,6 +190,18 @@ def test_domain_streams_are_consecutive_text(tmp_path, tokenizer_dir, tokenizer)
         text = tokenizer.decode(streams[source.name], clean_up_tokenization_spaces=False)
         assert len(streams[source.name]) == quotas(corpus)[source.name]["train"] * 16
         assert joined.startswith(text)
+
+
+def test_the_raw_test_text_is_kept_in_order(tmp_path, tokenizer_dir):
+    corpus = small_corpus(two_domains(tmp_path))
+    manifest = build_in(tmp_path / "out", corpus, tokenizer_dir, seed=5)
+    for source in corpus.sources:
+        held_out = [text for text in documents(source, 5) if side(text, corpus.held_out) == "test"]
+        found = read_test_text(tmp_path / "out", source.name)
+        assert [document.text for document in found] == held_out[: manifest["documents"]["test"][source.name]]
+        assert all(document.rows == (document.text,) for document in found)
+    with pytest.raises(CorpusError, match="no test text of 'third'"):
+        read_test_text(tmp_path / "out", "third")
 
 
 def test_equal_settings_give_equal_bytes(tmp_path, tokenizer_dir):
