@@ -17,6 +17,7 @@ from benchmarks.gradient import Chunks, Gradient, angles, kl_gradient, samples
 from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.forward import Forward, joined_signals, tokens
+from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.signal import Target, TopK, tempered, topk
 from sparsekd_ray.teacher.threshold import file_size, fit
 
@@ -27,11 +28,12 @@ BUDGET = 15.75
 CHUNK = 4  # sequences of the trained teacher at once
 
 
-def manifest(signal: str, codec: str, temperatures: tuple[float, ...], vocabulary: int) -> dict[str, Any]:
-    return {
-        "format": shards.FORMAT, "signal": signal, "codec": codec, "k": K, "temperatures": list(temperatures),
-        "vocab_size": vocabulary, "seq_len": LENGTH,
-    }  # fmt: skip
+def manifest(signal: Any, codec: Any, temperatures: tuple[float, ...], vocabulary: int) -> CacheManifest:
+    """A cache of rows of `LENGTH` tokens that belongs to no teacher and no corpus."""
+    return CacheManifest(
+        signal=signal, codec=codec, k=K, temperatures=temperatures, vocab_size=vocabulary, seq_len=LENGTH,
+        tokenizer_hash="", teacher="", corpus="", shard_rows=(), rows=0, tokens=0, dtype="float32",
+    )  # fmt: skip
 
 
 def synthetic_chunks(sequences: int) -> Chunks:
@@ -45,13 +47,13 @@ def synthetic_chunks(sequences: int) -> Chunks:
 
 def topk_figures(chunks: Chunks, rows: pa.Table, vocabulary: int) -> dict[str, float]:
     """Bytes per token of the compact top-k codec, KL(decoded ‖ raw) at T = 1 and the largest error of a tail."""
-    about = manifest("topk", "compact", TEMPERATURES, vocabulary)
+    form = manifest("topk", "compact", TEMPERATURES, vocabulary)
     parts = [topk(logits_nV, K, TEMPERATURES) for logits_nV in chunks()]
     raw = TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    size, path = file_size(rows, raw, about)
+    size, path = file_size(rows, raw, form)
     kl, tails = [], 0.0
     for place, temperature in enumerate(TEMPERATURES):
-        found = shards.read(path, about, temperature).target
+        found = shards.read(path, form, temperature).target
         logprobs_NK, tail_N = tempered(raw.logprobs_NK, raw.log_z_NT[:, place], temperature)
         kl.append(bucket_kl(found, Target(found.ids_NK, logprobs_NK, tail_N)))
         tails = max(tails, float((found.tail_N - tail_N).abs().max()))
@@ -72,15 +74,13 @@ def bucket_kl(a: Target, b: Target) -> torch.Tensor:
     return kept_N + a.tail_N * ((a.tail_N + smallest).log() - (b.tail_N + smallest).log()).double()
 
 
-def sampled_threshold(
-    chunks: Chunks, pilot: int, rows: pa.Table, about: dict[str, Any]
-) -> tuple[float, float]:
+def sampled_threshold(chunks: Chunks, pilot: int, rows: pa.Table, form: CacheManifest) -> tuple[float, float]:
     """The smallest threshold within `BUDGET` on the first `pilot` chunks, and the bytes per token of all of them."""
 
     def size(threshold: float, most: int | None) -> float:
-        drawn = islice(samples(chunks, threshold, about["temperatures"][0]), most)
+        drawn = islice(samples(chunks, threshold, form.temperatures[0]), most)
         signal = joined_signals([sample for _, sample in drawn])
-        return file_size(rows.slice(0, len(signal.ids_NK) // (LENGTH - 1)), signal, about)[0]
+        return file_size(rows.slice(0, len(signal.ids_NK) // (LENGTH - 1)), signal, form)[0]
 
     found = fit(lambda threshold: size(threshold, pilot), BUDGET)
     return found, size(found, None)
@@ -91,8 +91,8 @@ def of_synthetic(sequences: int) -> dict[str, float]:
     chunks, rows = synthetic_chunks(sequences), synthetic.rows(sequences, LENGTH, VOCABULARY)
     figures = topk_figures(chunks, rows, VOCABULARY)
     headline(f"synthetic, V = {VOCABULARY:,}: top-k {figures['topk_bytes_per_token']:.1f} bytes per token")
-    about = manifest("sampled", "compact", (1.0,), VOCABULARY)
-    threshold, size = sampled_threshold(chunks, 4, rows, about)
+    form = manifest("sampled", "compact", (1.0,), VOCABULARY)
+    threshold, size = sampled_threshold(chunks, 4, rows, form)
     headline(f"synthetic: sample of {size:.1f} bytes per token at threshold {threshold:.3f}")
     head_VD, student = _synthetic_student(sequences)
     gradient = kl_gradient(student, head_VD, [head_VD], 1.0)
@@ -119,7 +119,7 @@ def of_model(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Both signals of a trained teacher on real text; a sample's gradient for every student, at batches of `batch`
     sequences and of an eighth of it. The main figures are those of the first student at T = 1, at the larger one."""
-    forward, chunks_bL = Forward(teacher, {}), tokens(rows).split(CHUNK)
+    forward, chunks_bL = Forward(teacher), tokens(rows).split(CHUNK)
 
     def chunks() -> Iterator[torch.Tensor]:
         for ids_bL in chunks_bL:
@@ -131,8 +131,8 @@ def of_model(
         f"trained teacher, V = {vocabulary:,}: top-k {figures['topk_bytes_per_token']:.1f} bytes per token"
     )
     for temperature in (1.0, 2.0):
-        about = manifest("sampled", "compact", (temperature,), vocabulary)
-        threshold, size = sampled_threshold(chunks, len(chunks_bL) // 4, rows, about)
+        form = manifest("sampled", "compact", (temperature,), vocabulary)
+        threshold, size = sampled_threshold(chunks, len(chunks_bL) // 4, rows, form)
         for name, model in students.items():
             gradient = _model_gradient(model, chunks_bL, temperature)
             sizes = (batch // CHUNK, batch // CHUNK // 8)
@@ -168,12 +168,12 @@ def read_speed(sequences: int, repeats: int, folder: Path) -> dict[str, float]:
     signal = TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
     rows, result = synthetic.rows(sequences, LENGTH, VOCABULARY), {}
     for codec in ("plain", "compact"):
-        about, path = manifest("topk", codec, (1.5, 2.0, 4.0), VOCABULARY), folder / f"{codec}.parquet"
-        shards.write(path, rows, signal, about)
+        form, path = manifest("topk", codec, (1.5, 2.0, 4.0), VOCABULARY), folder / f"{codec}.parquet"
+        shards.write(path, rows, signal, form)
         seconds = []
         for _ in range(repeats):
             started = time.perf_counter()
-            shards.read(path, about, 2.0)
+            shards.read(path, form, 2.0)
             seconds.append(time.perf_counter() - started)
         result[f"{codec}_tokens_per_s"] = sequences * LENGTH / statistics.median(seconds)
         result[f"{codec}_bytes_per_token"] = path.stat().st_size / (sequences * LENGTH)

@@ -114,7 +114,7 @@ def _bare(store: Store) -> tuple[float, float]:
 
 def _forward(teacher: str, texts: str, index: int, barrier: Any, seconds: Any) -> None:
     torch.set_num_threads(1)
-    forward = Forward(loading.load(Path(teacher)), {})
+    forward = Forward(loading.load(Path(teacher)))
     batches = tokens(corpus.read_rows(Path(texts), "train")).split(SEQUENCES["cpu"])[index::CORES]
     for _ in forward.logits(batches[0]):  # warm
         pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ Targets = Callable[[list[int]], Target]
 def compare(root: str, seeds: tuple[int, ...], steps: int, temperature: float) -> list[dict[str, Any]]:
     """A row per signal: bytes per token, and mean and standard deviation over seeds of both figures."""
     demo = open_store(root)
-    teacher, rows = Forward(demo.model(TEACHER), {}), demo.rows(1024)
+    teacher, rows = Forward(demo.model(TEACHER)), demo.rows(1024)
     held_out = corpus.domain_streams(demo.directory("corpus"), "test")
     signals = {
         "topk": cached(teacher, rows, "topk", temperature),
@@ -65,13 +66,12 @@ def _spread(figures: list[tuple[float, float]]) -> dict[str, float]:
 
 def cached(teacher: Forward, rows: pa.Table, signal: str, temperature: float) -> tuple[Targets, float]:
     """Targets as they come back from compact shards, and their bytes per token."""
-    about = cache.manifest(signal, "compact", (temperature,), teacher.model.config.vocab_size)
-    forward = Forward(teacher.model, about)
+    form = cache.manifest(signal, "compact", (temperature,), teacher.model.config.vocab_size)
+    forward = Forward(teacher.model)
     if signal == "sampled":
-        about |= {"threshold": threshold.fit_teacher(forward, rows.slice(0, 64), cache.BUDGET)}
-        forward.manifest = about
-    size, file = threshold.file_size(rows, forward.signal(rows), about)
-    found = shards.read(file, about, temperature)
+        form = replace(form, threshold=threshold.fit_teacher(forward, rows.slice(0, 64), form, cache.BUDGET))
+    size, file = threshold.file_size(rows, forward.signal(rows, form), form)
+    found = shards.read(file, form, temperature)
     return lambda wanted: joined([found.part(row) for row in wanted]), size
 
 
@@ -116,7 +116,7 @@ def train(
 def judge(student: Any, teacher: Forward, held_out: dict[str, Any]) -> tuple[float, float]:
     """Perplexity and KL(teacher ‖ student) over all positions of windows of 128 tokens."""
     nll = kl = count = 0.0
-    ours = Forward(student, {})
+    ours = Forward(student)
     for stream in held_out.values():
         ids = torch.from_numpy(stream[: len(stream) // 128 * 128].astype("int64")).view(-1, 128)
         for part in ids.split(16):

@@ -36,7 +36,7 @@ from sparsekd_ray.model import loading, masks, saving
 from sparsekd_ray.runtime import collectives
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.store.checkpoints import Checkpoints, tag
-from sparsekd_ray.teacher import payload, shards
+from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.signal import Target
 
 logger = logging.getLogger(__name__)
@@ -212,16 +212,15 @@ def _engine(student: Student, settings: Distill, execution: Execution, micro_ste
     return engine
 
 
-def _check(cached: dict[str, Any], vocab_size: int, texts: dict[str, Any], job: Job) -> None:
+def _check(manifest: CacheManifest, vocab_size: int, texts: dict[str, Any], job: Job) -> None:
     """Refuses a cache that does not belong to this student, its teacher and its text, or lacks the temperature."""
-    shards.check(
-        cached,
+    manifest.require(
         tokenizer_hash=texts["tokenizer_hash"],
         vocab_size=vocab_size,
         teacher=job.teacher.fingerprint,
         corpus=job.corpus.fingerprint,
     )
-    payload.column(cached, job.settings.temperature)
+    manifest.normaliser_index(job.settings.temperature)
 
 
 def _freeze(model: Any, settings: Distill) -> None:

@@ -16,6 +16,7 @@ from sparsekd_ray.distill.schedule import SHARDS_IN_WINDOW
 from sparsekd_ray.errors import ConfigError, ModelError
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards
+from sparsekd_ray.teacher.manifest import MANIFEST, read_manifest
 from sparsekd_ray.teacher.signal import Target, joined
 
 
@@ -29,14 +30,14 @@ class SampleReader:
     """Rows of a cache by (shard, row), the teacher at one temperature; a shard is verified before its first use."""
 
     def __init__(self, store: Store, cache: Ref, temperature: float) -> None:
-        self.manifest = shards.read_manifest(store.fetch(cache, [shards.MANIFEST]))
-        if "seq_len" not in self.manifest:
+        self.manifest = read_manifest(store.fetch(cache, [MANIFEST]))
+        if self.manifest.seq_len is None:
             raise ConfigError(
                 f"{store.url(cache.key)} holds sequences of unequal length, a batch takes one length: "
                 "train on a corpus packed to corpus.seq_len"
             )
-        self.shard_rows = tuple(self.manifest["shard_rows"])
-        self.samples, self.seq_len = sum(self.shard_rows), int(self.manifest["seq_len"])
+        self.shard_rows = self.manifest.shard_rows
+        self.samples, self.seq_len = sum(self.shard_rows), self.manifest.seq_len
 
         @lru_cache(maxsize=SHARDS_IN_WINDOW)
         def shard(index: int) -> shards.Rows:

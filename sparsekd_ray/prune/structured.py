@@ -17,7 +17,6 @@ from sparsekd_ray.model.mlp import MLP, layer_count, mlp_weights, view, with_wid
 from sparsekd_ray.prune import calibrate, depth, masks, neurons, sdm
 from sparsekd_ray.prune.task import Task, Tensors, tensors_below
 from sparsekd_ray.runtime.tasks import TaskMap
-from sparsekd_ray.teacher import payload
 from sparsekd_ray.teacher.forward import tokens
 from sparsekd_ray.teacher.signal import Target
 
@@ -162,8 +161,8 @@ def _targets(task: Task) -> list[Target]:
 
     assert task.texts is not None and task.cache is not None, "sdm has texts and a cache among its inputs"
     reader = SampleReader(task.store, task.cache, task.settings.temperature)
-    payload.column(reader.manifest, task.settings.temperature)
-    if reader.manifest["corpus"] != task.texts.fingerprint:
+    reader.manifest.normaliser_index(task.settings.temperature)
+    if reader.manifest.corpus != task.texts.fingerprint:
         raise ModelError("the teacher cache is of another corpus than the calibration text: capture it again")
     names = calibrate.sample(task.store, task.texts, task.calibrate)["sample_id"].to_pylist()
     return reader.targets(calibrate.drawn(reader.samples, task.calibrate).tolist(), names)

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards, threshold
 from sparsekd_ray.teacher.codec import LARGEST_ID
 from sparsekd_ray.teacher.forward import Forward, lengths
+from sparsekd_ray.teacher.manifest import CacheManifest
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +47,17 @@ class TeacherActor:
     its way to the store."""
 
     def __init__(
-        self, store: Store, teacher: Ref, texts: Ref, out: Ref, manifest: dict[str, Any], gpu: bool
+        self, store: Store, teacher: Ref, texts: Ref, out: Ref, manifest: CacheManifest, gpu: bool
     ) -> None:
         if not gpu:
             torch.set_num_threads(1)
         self.store, self.teacher, self.texts, self.out = store, teacher, texts, out
         self.manifest, self.one_at_a_time = manifest, threading.Lock()
-        device, dtype = "cuda" if gpu else "cpu", getattr(torch, manifest["dtype"])
+        device, dtype = "cuda" if gpu else "cpu", getattr(torch, manifest.dtype)
         # the first actor of a machine downloads the weights, the others find them
         with FileLock(Path(tempfile.gettempdir()) / f"sparsekd-{teacher.fingerprint}.lock"):
             directory = store.fetch(teacher)
-        self.forward = Forward(loading.load(directory, dtype=dtype, device=device), manifest)
+        self.forward = Forward(loading.load(directory, dtype=dtype, device=device))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         for index in batch["shard"]:
@@ -67,13 +69,13 @@ class TeacherActor:
         name, rows = shards.shard_name(index), self.rows(index)
         if self.store.pull(self.out, name):  # an actor was lost after its work and before its answer
             return len(rows)
-        if len(rows) != self.manifest["shard_rows"][index]:
+        if len(rows) != self.manifest.shard_rows[index]:
             raise IntegrityError(
-                f"{name} of the corpus has {len(rows)} rows, its manifest says {self.manifest['shard_rows'][index]}"
+                f"{name} of the corpus has {len(rows)} rows, its manifest says {self.manifest.shard_rows[index]}"
             )
         self.store.fetch(self.teacher)  # unchanged files cost a look at their dates, changed ones are refused
         with self.one_at_a_time:
-            signal = self.forward.signal(rows)
+            signal = self.forward.signal(rows, self.manifest)
         if self.store.pull(self.out, name):  # another attempt was faster
             return len(rows)
         with self.store.building(self.out) as folder:
@@ -88,7 +90,9 @@ class TeacherActor:
         return corpus.read_shard(self.store.fetch(self.texts, [f"train/{name}"]) / "train" / name)
 
     def fit_threshold(self, bytes_per_token: float) -> float:
-        return threshold.fit_teacher(self.forward, self.rows(0).slice(0, PILOT), bytes_per_token)
+        return threshold.fit_teacher(
+            self.forward, self.rows(0).slice(0, PILOT), self.manifest, bytes_per_token
+        )
 
 
 def capture(
@@ -103,13 +107,29 @@ def capture(
     """Fills `out`'s working directory with shards and manifest; returns the metrics for its record."""
     source = corpus.read_manifest(store.fetch(texts, [corpus.MANIFEST]))
     vocab_size = spec.config_dict(store.fetch(teacher, ["config.json"]))["vocab_size"]
-    manifest = _manifest(source, vocab_size, teacher, texts, settings)
-    manifest["dtype"] = "bfloat16" if execution.gpus else "float32"
-    tokens = _tokens_by_shard(store.fetch(texts), source, manifest)
-    manifest["tokens"] = sum(tokens)
+    rows, seq_len = source["rows"]["train"], source.get("seq_len")
+    shard_rows = _shard_rows(sum(rows.values()), source["shard_rows"])
+    _check_vocabulary(settings, vocab_size)
+    tokens = _tokens_by_shard(store.fetch(texts), shard_rows, seq_len)
+    manifest = CacheManifest(
+        signal=settings.signal,
+        codec=settings.codec,
+        k=settings.k,
+        temperatures=settings.temperatures,
+        vocab_size=vocab_size,
+        tokenizer_hash=source["tokenizer_hash"],
+        teacher=teacher.fingerprint,
+        corpus=texts.fingerprint,
+        shard_rows=shard_rows,
+        rows=sum(shard_rows),
+        tokens=sum(tokens),
+        dtype="bfloat16" if execution.gpus else "float32",
+        seq_len=seq_len,
+    )
     arguments = (store, teacher, texts, out, manifest, execution.gpus)
     if settings.signal == "sampled":
-        manifest["threshold"] = _threshold(arguments, settings.bytes_per_token)
+        manifest = replace(manifest, threshold=_threshold(arguments, settings.bytes_per_token))
+        arguments = (store, teacher, texts, out, manifest, execution.gpus)
     done = {name for name in store.published(out, "") if name.endswith(".parquet")}
     todo = {index: n for index, n in enumerate(tokens) if shards.shard_name(index) not in done}
     if done:
@@ -121,8 +141,8 @@ def capture(
         raise IntegrityError(
             f"capture ended without {len(missing)} of {len(tokens)} shards, the first is {missing[0]}"
         )
-    (store.workdir(out) / shards.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    return {"tokens": manifest["tokens"], "shards": len(tokens)}
+    manifest.write(store.workdir(out))
+    return {"tokens": manifest.tokens, "shards": len(tokens)}
 
 
 def _fill(todo: dict[int, int], count: int, finished: Iterable[int]) -> None:
@@ -135,10 +155,8 @@ def _fill(todo: dict[int, int], count: int, finished: Iterable[int]) -> None:
         logger.info(f"{count - open_shards}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left")
 
 
-def _manifest(
-    source: dict[str, Any], vocab_size: int, teacher: Ref, texts: Ref, settings: Teacher
-) -> dict[str, Any]:
-    """`vocab_size` is the width of the teacher's logits, which may exceed the tokenizer's vocabulary."""
+def _check_vocabulary(settings: Teacher, vocab_size: int) -> None:
+    """ConfigError if the signal or its codec cannot hold ids of this vocabulary."""
     if settings.signal == "topk" and settings.k >= vocab_size:
         raise ConfigError(
             f"teacher.k is {settings.k}, the vocabulary has {vocab_size} entries: k must be smaller"
@@ -147,40 +165,31 @@ def _manifest(
         raise ConfigError(
             f"the vocabulary has {vocab_size} entries, the compact codec {LARGEST_ID + 1}: set teacher.codec to plain"
         )
-    rows, size = sum(source["rows"]["train"].values()), source["shard_rows"]
-    shard_rows = [min(size, rows - first) for first in range(0, rows, size)]
-    return {
-        "format": shards.FORMAT,
-        "signal": settings.signal,
-        "codec": settings.codec,
-        "k": settings.k,
-        "temperatures": list(settings.temperatures),
-        "vocab_size": vocab_size,
-        "tokenizer_hash": source["tokenizer_hash"],
-        "teacher": teacher.fingerprint,
-        "corpus": texts.fingerprint,
-        "shard_rows": shard_rows,
-        "rows": rows,
-    } | ({"seq_len": source["seq_len"]} if "seq_len" in source else {})
 
 
-def _tokens_by_shard(texts: Path, source: dict[str, Any], manifest: dict[str, Any]) -> list[int]:
-    """Tokens of every shard. CorpusError unless every sample has a name of its own, and rows are as many and as long
-    as the corpus says; one without `seq_len` says only that they have two tokens or more."""
+def _shard_rows(rows: int, shard_rows: int) -> tuple[int, ...]:
+    """Rows of each shard: `shard_rows` in all but the last."""
+    return tuple(min(shard_rows, rows - first) for first in range(0, rows, shard_rows))
+
+
+def _tokens_by_shard(texts: Path, shard_rows: tuple[int, ...], seq_len: int | None) -> list[int]:
+    """Tokens of every shard. CorpusError unless sample ids are distinct and rows are as many and as long as stated.
+
+    Where `seq_len` is None, rows may have any length from two tokens on.
+    """
     rows = corpus.read_rows(texts, "train")
     names, lengths_B = rows["sample_id"].to_pylist(), lengths(rows)
     if len(set(names)) < len(names):
         twice = next(name for name in sorted(names) if names.count(name) > 1)
         raise CorpusError(f"{texts}: sample id {twice} occurs more than once; build the corpus again")
-    if len(names) != manifest["rows"]:
-        raise CorpusError(f"{texts}: {len(names)} training rows, its manifest says {manifest['rows']}")
-    one = source.get("seq_len")
-    if one is not None and (lengths_B != one).any():
-        place = int(np.argmax(lengths_B != one))
+    if len(names) != sum(shard_rows):
+        raise CorpusError(f"{texts}: {len(names)} training rows, its manifest says {sum(shard_rows)}")
+    if seq_len is not None and (lengths_B != seq_len).any():
+        place = int(np.argmax(lengths_B != seq_len))
         raise CorpusError(
-            f"{texts}: sample {names[place]} has {lengths_B[place]} tokens, its manifest says that all have {one}"
+            f"{texts}: sample {names[place]} has {lengths_B[place]} tokens, its manifest says that all have {seq_len}"
         )
-    ends = np.cumsum(manifest["shard_rows"])[:-1]
+    ends = np.cumsum(shard_rows)[:-1]
     return [int(part.sum()) for part in np.split(lengths_B, ends)]
 
 

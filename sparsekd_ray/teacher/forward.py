@@ -19,6 +19,7 @@ import torch
 from sparsekd_ray.errors import CorpusError, ModelError
 from sparsekd_ray.model import head
 from sparsekd_ray.model.head import ROWS_PER_CHUNK
+from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.signal import NOTHING, Sampled, TopK, padded, sampled, topk
 
 SEQUENCES = {"cpu": 16, "cuda": 64}
@@ -28,11 +29,11 @@ SEQUENCES = {"cpu": 16, "cuda": 64}
 class Forward:
     """A teacher in memory; halves its batch for good when the card is out of memory."""
 
-    def __init__(self, model: Any, manifest: dict[str, Any]) -> None:
-        self.model, self.manifest = model.eval(), manifest
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
         self.sequences = SEQUENCES[model.device.type]
 
-    def signal(self, rows: pa.Table) -> TopK | Sampled:
+    def signal(self, rows: pa.Table, manifest: CacheManifest) -> TopK | Sampled:
         """The manifest's signal for every position of every row, in order, in host memory.
 
         CorpusError for rows below two tokens; ModelError for probabilities that are no numbers, with the sample's name,
@@ -43,16 +44,16 @@ class Forward:
         left_B = longest_first(lengths_B)
         while len(left_B):
             batch_b = bucket(left_B, lengths_B, self.sequences)
-            if (part := self._attempt(rows.take(batch_b))) is None:
+            if (part := self._attempt(rows.take(batch_b), manifest)) is None:
                 continue
             parts.append(part)
             order_B, left_B = np.append(order_B, batch_b), left_B[len(batch_b) :]
         return _in_order(joined_signals(parts), order_B, lengths_B - 1)
 
-    def _attempt(self, rows: pa.Table) -> TopK | Sampled | None:
+    def _attempt(self, rows: pa.Table, manifest: CacheManifest) -> TopK | Sampled | None:
         """The signal of rows of one length; None, and a smaller batch from now on, where the card was too small."""
         try:
-            part, samples = self._signal(rows), rows["sample_id"].to_pylist()
+            part, samples = self._signal(rows, manifest), rows["sample_id"].to_pylist()
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -71,21 +72,10 @@ class Forward:
         yield from head.chunks(hidden_BLD.flatten(0, 1), head.weight(self.model))
 
     @torch.inference_mode()
-    def _signal(self, rows: pa.Table) -> TopK | Sampled:
+    def _signal(self, rows: pa.Table, manifest: CacheManifest) -> TopK | Sampled:
         input_ids_BL = tokens(rows)
-        kept = self._keep(rows["sample_id"].to_pylist(), input_ids_BL.shape[1] - 1)
-        return joined_signals([kept(logits_nV) for logits_nV in self.logits(input_ids_BL)])
-
-    def _keep(self, samples: list[str], positions: int) -> Callable[[torch.Tensor], TopK | Sampled]:
-        """What is kept of the next chunk of logits."""
-        temperatures = tuple(self.manifest["temperatures"])
-        if self.manifest["signal"] == "topk":
-            return lambda logits_nV: topk(logits_nV, self.manifest["k"], temperatures)
-        draws = iter(draws_of(samples, positions).split(ROWS_PER_CHUNK))
-        threshold = self.manifest["threshold"]
-        return lambda logits_nV: sampled(
-            logits_nV, temperatures[0], threshold, next(draws).to(logits_nV.device)
-        )
+        keep = _keep(rows["sample_id"].to_pylist(), input_ids_BL.shape[1] - 1, manifest)
+        return joined_signals([keep(logits_nV) for logits_nV in self.logits(input_ids_BL)])
 
     def _halve(self, failure: str) -> None:
         if self.sequences == 1:
@@ -96,6 +86,17 @@ class Forward:
         self.sequences //= 2
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _keep(
+    samples: list[str], positions: int, manifest: CacheManifest
+) -> Callable[[torch.Tensor], TopK | Sampled]:
+    """A function that makes the signal of the next chunk of logits."""
+    temperatures = manifest.temperatures
+    if manifest.signal == "topk":
+        return lambda logits_nV: topk(logits_nV, manifest.k, temperatures)
+    draws, threshold = iter(draws_of(samples, positions).split(ROWS_PER_CHUNK)), manifest.drawn_weight
+    return lambda logits_nV: sampled(logits_nV, temperatures[0], threshold, next(draws).to(logits_nV.device))
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.teacher import payload, shards
+from sparsekd_ray.teacher import shards
+from sparsekd_ray.teacher.manifest import MANIFEST, read_manifest
 from sparsekd_ray.teacher.threshold import column_sizes
 from sparsekd_ray.teacher.verify import parents
 
@@ -20,9 +21,9 @@ from sparsekd_ray.teacher.verify import parents
 def all_rows(store: Store, ref: Ref, temperature: float | None = None) -> Iterator[tuple[Path, shards.Rows]]:
     """Every shard of a finished cache, verified and decoded at a temperature, by default its first, 1 for top-k."""
     folder = store.fetch(ref)
-    manifest = shards.read_manifest(folder)
-    temperature = temperature or payload.tempers(manifest)[0]
-    for index in range(len(manifest["shard_rows"])):
+    manifest = read_manifest(folder)
+    temperature = temperature or manifest.readable_temperatures[0]
+    for index in range(len(manifest.shard_rows)):
         path = folder / shards.shard_name(index)
         yield path, shards.read(path, manifest, temperature)
 
@@ -34,13 +35,13 @@ def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top
     there is no tail. ConfigError if there is no such sample, with some that there are."""
     from transformers import AutoTokenizer
 
-    manifest = shards.read_manifest(store.fetch(ref, [shards.MANIFEST]))
-    temperature = temperature or payload.tempers(manifest)[0]
+    manifest = read_manifest(store.fetch(ref, [MANIFEST]))
+    temperature = temperature or manifest.readable_temperatures[0]
     rows = _holding(store, ref, sample, temperature)
     tokenizer = AutoTokenizer.from_pretrained(store.fetch(parents(store, ref)["texts"]) / "tokenizer")
     row = rows.sample_ids.index(sample)
     part, ids = rows.part(row), rows.tokens(row).tolist()
-    drawn = manifest["signal"] == "sampled"
+    drawn = manifest.signal == "sampled"
     names = (
         ("estimate of p(next)", f"the {top} largest estimates")
         if drawn
@@ -79,15 +80,15 @@ def statistics(store: Store, ref: Ref) -> dict[str, Any]:
     """Bytes per token by column, and by domain: mass of the kept ids, of the likeliest alone, and entropy in nat (of
     top-k a lower bound, the tail counted as one; of a sample that of the estimate)."""
     folder, by_column = store.fetch(ref), dict[str, float]()
-    manifest = shards.read_manifest(folder)
+    manifest = read_manifest(folder)
     for path in sorted(folder.glob("*.parquet")):
         for name, size in column_sizes(path).items():
-            by_column[name] = by_column.get(name, 0) + size / manifest["tokens"]
-    total = sum(path.stat().st_size for path in folder.glob("*.parquet")) / manifest["tokens"]
+            by_column[name] = by_column.get(name, 0) + size / manifest.tokens
+    total = sum(path.stat().st_size for path in folder.glob("*.parquet")) / manifest.tokens
     return {
         "bytes_per_token": total,
         "columns": by_column,
-        "temperatures": {str(t): _by_domain(store, ref, t) for t in payload.tempers(manifest)},
+        "temperatures": {str(t): _by_domain(store, ref, t) for t in manifest.readable_temperatures},
     }
 
 

@@ -18,63 +18,43 @@ temperatures; `positions_B` are the positions of each row.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from sparsekd_ray.errors import IntegrityError, ModelError
+from sparsekd_ray.errors import IntegrityError
 from sparsekd_ray.teacher import codec
+from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.signal import NOTHING, Sampled, Target, TopK, tempered
 
 PER_NAT = 32  # of the exact probabilities in a sample: there are few, and each weighs much
 MANY = 255  # ids of one sort that a position can hold
 
 
-def encode(signal: TopK | Sampled, positions_B: np.ndarray, manifest: dict[str, Any]) -> dict[str, pa.Array]:
+def encode(signal: TopK | Sampled, positions_B: np.ndarray, manifest: CacheManifest) -> dict[str, pa.Array]:
     """The columns of a shard in the manifest's codec."""
-    compact = manifest["codec"] == "compact"
+    compact = manifest.codec == "compact"
     if isinstance(signal, TopK):
         return (_topk_compact if compact else _topk_plain)(signal, positions_B, manifest)
     return _sampled(signal, positions_B, compact)
 
 
-def decode(table: pa.Table, positions_B: np.ndarray, manifest: dict[str, Any], temperature: float) -> Target:
+def decode(table: pa.Table, positions_B: np.ndarray, manifest: CacheManifest, temperature: float) -> Target:
     """All positions of a shard at `temperature`. ModelError for one that the cache does not hold; IntegrityError
     where a column does not have the size that the rows and the manifest say."""
-    stored = column(manifest, temperature)
+    stored = manifest.normaliser_index(temperature)
     try:
-        if manifest["signal"] == "sampled":
+        if manifest.signal == "sampled":
             return _from_sampled(table, positions_B, manifest)
-        if manifest["codec"] == "compact":
+        if manifest.codec == "compact":
             return _from_topk_compact(table, positions_B, manifest, temperature)
         return _from_topk_plain(table, positions_B, manifest, temperature, stored)
     except (KeyError, ValueError, IndexError) as error:
         raise IntegrityError(f"its columns do not fit its rows: {error}") from None
 
 
-def column(manifest: dict[str, Any], temperature: float) -> int | None:
-    """Index of `temperature` among the stored ones; None at 1 for top-k, which needs no normaliser."""
-    stored = manifest["temperatures"]
-    if temperature in stored:
-        return stored.index(temperature)
-    if temperature == 1.0 and manifest["signal"] == "topk":
-        return None
-    raise ModelError(
-        f"the cache holds temperatures {stored}{' and 1' if manifest['signal'] == 'topk' else ''}, not {temperature}: "
-        "add it to teacher.temperatures and capture again"
-    )
-
-
-def tempers(manifest: dict[str, Any]) -> list[float]:
-    """All temperatures at which a cache can be read; of the compact codec, also those of its tails."""
-    if manifest["signal"] == "sampled":
-        return list(manifest["temperatures"])
-    return [1.0, *(t for t in manifest["temperatures"] if t != 1.0)]
-
-
-def _topk_plain(signal: TopK, positions_B: np.ndarray, manifest: dict[str, Any]) -> dict[str, pa.Array]:
+def _topk_plain(signal: TopK, positions_B: np.ndarray, manifest: CacheManifest) -> dict[str, pa.Array]:
     k, stored = signal.ids_NK.shape[1], signal.log_z_NT.shape[1]
     return {
         "topk_ids": _lists(signal.ids_NK.numpy(), positions_B * k),
@@ -84,9 +64,9 @@ def _topk_plain(signal: TopK, positions_B: np.ndarray, manifest: dict[str, Any])
 
 
 def _from_topk_plain(
-    table: pa.Table, positions_B: np.ndarray, manifest: dict[str, Any], temperature: float, place: int | None
+    table: pa.Table, positions_B: np.ndarray, manifest: CacheManifest, temperature: float, place: int | None
 ) -> Target:
-    k, stored = manifest["k"], len(manifest["temperatures"])
+    k, stored = manifest.k, len(manifest.temperatures)
     ids_NK = numbers(table, "topk_ids", positions_B * k).reshape(-1, k)
     logprobs_NK = numbers(table, "topk_logprobs", positions_B * k).reshape(-1, k)
     log_z_NT = numbers(table, "log_z", positions_B * stored).reshape(-1, stored)
@@ -95,8 +75,8 @@ def _from_topk_plain(
     return Target(_tensor(ids_NK), *kept)
 
 
-def _topk_compact(signal: TopK, positions_B: np.ndarray, manifest: dict[str, Any]) -> dict[str, pa.Array]:
-    k, temperatures = signal.ids_NK.shape[1], tempers(manifest)
+def _topk_compact(signal: TopK, positions_B: np.ndarray, manifest: CacheManifest) -> dict[str, pa.Array]:
+    k, temperatures = signal.ids_NK.shape[1], manifest.readable_temperatures
     classes, bits = codec.encode_ids(signal.ids_NK.numpy().reshape(-1), positions_B * k)
     steps_NK = codec.encode_logprobs(signal.logprobs_NK.numpy())
     log_z = [_log_z(signal, manifest, t) for t in temperatures]
@@ -114,17 +94,15 @@ def _topk_compact(signal: TopK, positions_B: np.ndarray, manifest: dict[str, Any
     }
 
 
-def _log_z(signal: TopK, manifest: dict[str, Any], temperature: float) -> torch.Tensor:
-    stored = manifest["temperatures"]
-    if temperature in stored:
-        return signal.log_z_NT[:, stored.index(temperature)]
-    return torch.zeros(len(signal.ids_NK))
+def _log_z(signal: TopK, manifest: CacheManifest, temperature: float) -> torch.Tensor:
+    index = manifest.normaliser_index(temperature)
+    return torch.zeros(len(signal.ids_NK)) if index is None else signal.log_z_NT[:, index]
 
 
 def _from_topk_compact(
-    table: pa.Table, positions_B: np.ndarray, manifest: dict[str, Any], temperature: float
+    table: pa.Table, positions_B: np.ndarray, manifest: CacheManifest, temperature: float
 ) -> Target:
-    k, temperatures = manifest["k"], tempers(manifest)
+    k, temperatures = manifest.k, manifest.readable_temperatures
     classes = bytes_of(table, "id_class", positions_B * k)
     ids_NK = codec.decode_ids(classes, positions_B * k, bytes_of(table, "id_bits")).reshape(-1, k)
     steps = bytes_of(table, "steps", positions_B * k)
@@ -160,8 +138,8 @@ def _sampled(signal: Sampled, positions_B: np.ndarray, compact: bool) -> dict[st
     }
 
 
-def _from_sampled(table: pa.Table, positions_B: np.ndarray, manifest: dict[str, Any]) -> Target:
-    compact = manifest["codec"] == "compact"
+def _from_sampled(table: pa.Table, positions_B: np.ndarray, manifest: CacheManifest) -> Target:
+    compact = manifest.codec == "compact"
     read = bytes_of if compact else numbers
     exact_N, drawn_N = (read(table, name, positions_B).astype(np.int64) for name in ("exact", "drawn"))
     ids_B, exact_B = _by_row(exact_N + drawn_N, positions_B), _by_row(exact_N, positions_B)
@@ -175,7 +153,7 @@ def _from_sampled(table: pa.Table, positions_B: np.ndarray, manifest: dict[str, 
     place_K = np.arange(int((exact_N + drawn_N).max(initial=1)))
     kept_NK, exact_NK = place_K < (exact_N + drawn_N)[:, None], place_K < exact_N[:, None]
     ids_NK = np.zeros(kept_NK.shape, np.int32)
-    logprobs_NK = np.where(kept_NK, np.float32(math.log(manifest["threshold"])), np.float32(NOTHING))
+    logprobs_NK = np.where(kept_NK, np.float32(math.log(manifest.drawn_weight)), np.float32(NOTHING))
     ids_NK[kept_NK], logprobs_NK[exact_NK] = ids_M, logprobs_M
     return Target(_tensor(ids_NK), _tensor(logprobs_NK), torch.zeros(len(ids_NK)))
 

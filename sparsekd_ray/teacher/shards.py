@@ -8,30 +8,24 @@ One row is one sequence of L tokens, hence L − 1 predictions:
     input_ids   list<int32>   L token ids (compact: input_class, input_bits binary, a class for each token)
     …           the signal of its L − 1 positions, see `payload.py`
 
-Rows may differ in L, which is the length of that list (or of the classes). `manifest.json` holds the signal and its
-codec, k or the threshold, temperatures, vocabulary size, tokenizer hash, the fingerprints of teacher and corpus, row
-and token counts, and `seq_len` if all rows have one length. The trainer reads it and refuses what does not match:
-nobody types these values twice.
+Rows may differ in L, which is the length of that list (or of the classes). What binds the shards to their teacher and
+text is in `manifest.json` (see `manifest.py`).
 
 Shapes: B rows, N positions of all rows.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsekd_ray.errors import IntegrityError, ModelError
+from sparsekd_ray.errors import IntegrityError
 from sparsekd_ray.teacher import codec, payload
+from sparsekd_ray.teacher.manifest import FORMAT, CacheManifest
 from sparsekd_ray.teacher.signal import Sampled, Target, TopK
-
-FORMAT = "sparsekd-signal-1"
-MANIFEST = "manifest.json"
 
 
 class Rows(NamedTuple):
@@ -57,7 +51,7 @@ def shard_name(index: int) -> str:
     return f"{index:05d}.parquet"
 
 
-def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: dict[str, Any]) -> None:
+def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: CacheManifest) -> None:
     """Writes one shard: `corpus_rows` (sample_id, domain, input_ids) and the signal of their positions, in order."""
     ids = corpus_rows["input_ids"].combine_chunks()
     lengths_B = np.diff(ids.offsets.to_numpy())
@@ -67,7 +61,7 @@ def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: di
             f"a signal of {len(signal.ids_NK)} positions for {len(lengths_B)} rows of {lengths_B.sum()} tokens"
         )
     columns = {name: corpus_rows[name].combine_chunks() for name in ("sample_id", "domain")}
-    if manifest["codec"] == "compact":
+    if manifest.codec == "compact":
         classes, bits = codec.encode_ids(ids.flatten().to_numpy(), lengths_B)
         columns |= {
             "input_class": payload.cells(classes, lengths_B),
@@ -82,14 +76,14 @@ def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: di
     pq.write_table(
         table.replace_schema_metadata({"format": FORMAT}),
         path,
-        compression="zstd" if manifest["codec"] == "compact" else "lz4",  # which is read twice as fast
+        compression="zstd" if manifest.codec == "compact" else "lz4",  # which is read twice as fast
         use_dictionary=["domain"],
         write_statistics=False,
         row_group_size=len(table),
     )
 
 
-def read(path: Any, manifest: dict[str, Any], temperature: float) -> Rows:
+def read(path: Any, manifest: CacheManifest, temperature: float) -> Rows:
     """Decodes one shard at one temperature; `IntegrityError` where it is not what the manifest says."""
     try:
         table = pq.ParquetFile(path).read(use_threads=False)  # half the time of read_table
@@ -110,9 +104,9 @@ def read(path: Any, manifest: dict[str, Any], temperature: float) -> Rows:
     return Rows(table["sample_id"].to_pylist(), table["domain"].to_pylist(), ids, first_B1, target)
 
 
-def _tokens(table: pa.Table, manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(table: pa.Table, manifest: CacheManifest) -> tuple[np.ndarray, np.ndarray]:
     """The input ids of all rows, and each row's number of them."""
-    compact = manifest["codec"] == "compact"
+    compact = manifest.codec == "compact"
     lengths_B = payload.lengths(table, "input_class" if compact else "input_ids")
     _expected(lengths_B, manifest)
     if compact:
@@ -121,33 +115,10 @@ def _tokens(table: pa.Table, manifest: dict[str, Any]) -> tuple[np.ndarray, np.n
     return payload.numbers(table, "input_ids", lengths_B), lengths_B
 
 
-def _expected(lengths_B: np.ndarray, manifest: dict[str, Any]) -> None:
+def _expected(lengths_B: np.ndarray, manifest: CacheManifest) -> None:
     """IntegrityError for rows that no manifest of this kind stands for."""
-    one = manifest.get("seq_len")
+    one = manifest.seq_len
     if (lengths_B < 2).any() or (one is not None and (lengths_B != one).any()):
         raise IntegrityError(
             f"rows of {sorted(set(lengths_B.tolist()))} tokens, where the manifest says {one or 'at least 2'}"
         )
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / MANIFEST).read_text())
-
-
-def check(
-    manifest: dict[str, Any], *, tokenizer_hash: str, vocab_size: int, teacher: str, corpus: str
-) -> None:
-    """Refuses a cache that another tokenizer, vocabulary, teacher or corpus made."""
-    expected = {
-        "format": FORMAT,
-        "tokenizer_hash": tokenizer_hash,
-        "vocab_size": vocab_size,
-        "teacher": teacher,
-        "corpus": corpus,
-    }
-    for key, value in expected.items():
-        if manifest.get(key) != value:
-            raise ModelError(
-                f"the teacher cache does not belong to this student: its {key} is {manifest.get(key)!r}, "
-                f"the student's is {value!r}. Capture the cache again from a teacher that shares it."
-            )

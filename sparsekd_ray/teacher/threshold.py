@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.forward import Forward, lengths
+from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.payload import MANY
 
 SMALLEST, LARGEST = 1 / (MANY - 1), 1.0  # at most 1/τ ids are exact, and 1/τ + 1 drawn
@@ -37,17 +39,17 @@ def fit(size: Callable[[float], float], bytes_per_token: float) -> float:
     return high
 
 
-def fit_teacher(forward: Forward, pilot: pa.Table, bytes_per_token: float) -> float:
+def fit_teacher(forward: Forward, pilot: pa.Table, manifest: CacheManifest, bytes_per_token: float) -> float:
     """τ on the rows of `pilot`, everything in the file but its fixed footer included."""
 
     def size(threshold: float) -> float:
-        forward.manifest = forward.manifest | {"threshold": threshold}
-        return file_size(pilot, forward.signal(pilot), forward.manifest)[0]
+        drawn = replace(manifest, threshold=threshold)
+        return file_size(pilot, forward.signal(pilot, drawn), drawn)[0]
 
     return fit(size, bytes_per_token)
 
 
-def file_size(rows: pa.Table, signal: Any, manifest: dict[str, Any]) -> tuple[float, io.BytesIO]:
+def file_size(rows: pa.Table, signal: Any, manifest: CacheManifest) -> tuple[float, io.BytesIO]:
     """Bytes per token of a shard's columns, and the shard."""
     file = io.BytesIO()
     shards.write(file, rows, signal, manifest)

@@ -20,8 +20,9 @@ from sparsekd_ray.errors import ConfigError, IntegrityError
 from sparsekd_ray.model import loading
 from sparsekd_ray.model.head import ROWS_PER_CHUNK
 from sparsekd_ray.store import Ref, Store
-from sparsekd_ray.teacher import payload, shards
+from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.forward import Forward, bucket, draws_of, lengths, longest_first, tokens
+from sparsekd_ray.teacher.manifest import CacheManifest, read_manifest
 from sparsekd_ray.teacher.signal import NOTHING, Target, joined, sampled
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,10 @@ def verify(store: Store, ref: Ref, sequences: int, seed: int) -> dict[str, Any]:
     """
     of = parents(store, ref)
     folder, texts = store.fetch(ref), store.fetch(of["texts"])
-    manifest = shards.read_manifest(folder)
+    manifest = read_manifest(folder)
     _belongs(manifest, of, corpus.read_manifest(texts))
-    logger.info(f"{len(manifest['shard_rows'])} shards: every checksum is that of the record")
-    counts = {"shards": len(manifest["shard_rows"]), "rows": _count(folder, texts, manifest)}
+    logger.info(f"{len(manifest.shard_rows)} shards: every checksum is that of the record")
+    counts = {"shards": len(manifest.shard_rows), "rows": _count(folder, texts, manifest)}
     logger.info(
         f"{counts['rows']:,} rows, every one in its place, with its tokens, ids and probabilities in range"
     )
@@ -66,9 +67,9 @@ def verify(store: Store, ref: Ref, sequences: int, seed: int) -> dict[str, Any]:
     return measured | counts | {"allowed": _judge(measured, folder, manifest)}
 
 
-def _judge(measured: dict[str, Any], folder: Path, manifest: dict[str, Any]) -> float:
+def _judge(measured: dict[str, Any], folder: Path, manifest: CacheManifest) -> float:
     """The distance that is allowed; IntegrityError beyond it."""
-    form = "sampled" if manifest["signal"] == "sampled" else manifest["codec"]
+    form = "sampled" if manifest.signal == "sampled" else manifest.codec
     allowed = ALLOWED[form] + min(10 * measured["noise"], NOISE)
     name = "total variation" if form == "sampled" else "KL"
     logger.info(
@@ -83,33 +84,32 @@ def _judge(measured: dict[str, Any], folder: Path, manifest: dict[str, Any]) -> 
     return allowed
 
 
-def _count(folder: Path, texts: Path, manifest: dict[str, Any]) -> int:
+def _count(folder: Path, texts: Path, manifest: CacheManifest) -> int:
     """Rows of all shards, each checked; IntegrityError unless rows and tokens are as many as the manifest says."""
-    counts = [_checked(folder, texts, index, manifest) for index in range(len(manifest["shard_rows"]))]
+    counts = [_checked(folder, texts, index, manifest) for index in range(len(manifest.shard_rows))]
     rows, total = [count for count, _ in counts], sum(count for _, count in counts)
-    if rows != manifest["shard_rows"] or (sum(rows), total) != (manifest["rows"], manifest["tokens"]):
+    if tuple(rows) != manifest.shard_rows or (sum(rows), total) != (manifest.rows, manifest.tokens):
         raise IntegrityError(
-            f"{folder}: {sum(rows)} rows of {total} tokens found, the manifest says {manifest['rows']} of "
-            f"{manifest['tokens']}"
+            f"{folder}: {sum(rows)} rows of {total} tokens found, the manifest says {manifest.rows} of "
+            f"{manifest.tokens}"
         )
     return sum(rows)
 
 
-def _belongs(manifest: dict[str, Any], of: dict[str, Ref], source: dict[str, Any]) -> None:
-    shards.check(
-        manifest,
+def _belongs(manifest: CacheManifest, of: dict[str, Ref], source: dict[str, Any]) -> None:
+    manifest.require(
         tokenizer_hash=source["tokenizer_hash"],
-        vocab_size=manifest["vocab_size"],
+        vocab_size=manifest.vocab_size,
         teacher=of["teacher"].fingerprint,
         corpus=of["texts"].fingerprint,
     )
 
 
-def _checked(folder: Path, texts: Path, index: int, manifest: dict[str, Any]) -> tuple[int, int]:
+def _checked(folder: Path, texts: Path, index: int, manifest: CacheManifest) -> tuple[int, int]:
     """Rows and tokens of one shard, once each is found to be the corpus's, and every number possible."""
     name = shards.shard_name(index)
     source = corpus.read_shard(texts / "train" / name)
-    for temperature in payload.tempers(manifest):
+    for temperature in manifest.readable_temperatures:
         found = shards.read(folder / name, manifest, temperature)
         target = found.target
         mass_N = target.logprobs_NK.exp().sum(-1) + target.tail_N
@@ -118,10 +118,10 @@ def _checked(folder: Path, texts: Path, index: int, manifest: dict[str, Any]) ->
             "domains": found.domains != source["domain"].to_pylist(),
             "lengths": not np.array_equal(np.diff(found.first_B1), lengths(source)),
             "input ids": not np.array_equal(found.input_ids, source["input_ids"].combine_chunks().flatten()),
-            "ids": bool((target.ids_NK < 0).any() or (target.ids_NK >= manifest["vocab_size"]).any()),
+            "ids": bool((target.ids_NK < 0).any() or (target.ids_NK >= manifest.vocab_size).any()),
             "probabilities": not bool(torch.isfinite(target.logprobs_NK).all() and (mass_N > 0).all()),
             "repeated ids": _repeats(target),
-            "sums": manifest["signal"] == "topk" and bool(((mass_N - 1).abs() > 1e-3).any()),
+            "sums": manifest.signal == "topk" and bool(((mass_N - 1).abs() > 1e-3).any()),
         }
         for what, is_wrong in wrong.items():
             if is_wrong:
@@ -139,15 +139,15 @@ def _repeats(target: Target) -> bool:
 
 
 def _live(
-    teacher: Path, folder: Path, texts: Path, manifest: dict[str, Any], sequences: int, seed: int
+    teacher: Path, folder: Path, texts: Path, manifest: CacheManifest, sequences: int, seed: int
 ) -> dict[str, Any]:
     """Means over the positions of `sequences` rows and over temperatures, as `verify` defines them."""
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, manifest["dtype"])
-    forward = Forward(loading.load(teacher, dtype=dtype, device=device), manifest)
-    places = [(i, row) for i, count in enumerate(manifest["shard_rows"]) for row in range(count)]
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, manifest.dtype)
+    forward = Forward(loading.load(teacher, dtype=dtype, device=device))
+    places = [(i, row) for i, count in enumerate(manifest.shard_rows) for row in range(count)]
     rows, chosen = _rows(texts, sorted(random.Random(seed).sample(places, min(sequences, len(places)))))
     draw_N, gaps = _draws(rows), torch.zeros(2, dtype=torch.float64)
-    for temperature in payload.tempers(manifest):
+    for temperature in manifest.readable_temperatures:
         chunks = zip(
             _logprobs(forward, rows, forward.sequences, temperature),
             _logprobs(forward, rows, 1, temperature),
@@ -156,7 +156,7 @@ def _live(
             strict=True,
         )
         gaps += sum(_gaps(*chunk, manifest) for chunk in chunks)
-    distance, noise = (gaps / (len(draw_N) * len(payload.tempers(manifest)))).tolist()
+    distance, noise = (gaps / (len(draw_N) * len(manifest.readable_temperatures))).tolist()
     return {"distance": distance, "noise": noise, "positions": len(draw_N), "sequences": len(chosen)}
 
 
@@ -165,10 +165,10 @@ def _gaps(
     again_nV: torch.Tensor,
     target: Target,
     draw_n: torch.Tensor,
-    manifest: dict[str, Any],
+    manifest: CacheManifest,
 ) -> torch.Tensor:
     """Σ over positions of the distance between teacher and cache, and between teacher and teacher [2]."""
-    if manifest["signal"] == "sampled":
+    if manifest.signal == "sampled":
         now_nV, then_nV = (_drawn(x, manifest, draw_n) for x in (live_nV, again_nV))
         apart = [
             (now_nV - other_nV).abs().sum() / 2 for other_nV in (estimate(target, now_nV.shape[1]), then_nV)
@@ -187,9 +187,9 @@ def divergence(live_nV: torch.Tensor, target: Target) -> torch.Tensor:
     return gap_nK.sum(-1) + rest_n * (rest_n.log() - target.tail_N.clamp(min=1e-9).log())
 
 
-def _drawn(live_nV: torch.Tensor, manifest: dict[str, Any], draw_n: torch.Tensor) -> torch.Tensor:
+def _drawn(live_nV: torch.Tensor, manifest: CacheManifest, draw_n: torch.Tensor) -> torch.Tensor:
     """The sample drawn again, as an estimate over the vocabulary."""
-    again = sampled(live_nV, 1.0, manifest["threshold"], draw_n)  # log p_T are logits at temperature 1
+    again = sampled(live_nV, 1.0, manifest.drawn_weight, draw_n)  # log p_T are logits at temperature 1
     return estimate(Target(again.ids_NK, again.logprobs_NK, torch.zeros(len(live_nV))), live_nV.shape[1])
 
 
@@ -241,7 +241,7 @@ def _draws(rows: pa.Table) -> torch.Tensor:
 
 
 def _cached(
-    folder: Path, chosen: list[tuple[int, int]], manifest: dict[str, Any], temperature: float
+    folder: Path, chosen: list[tuple[int, int]], manifest: CacheManifest, temperature: float
 ) -> Target:
     read = {i: shards.read(folder / shards.shard_name(i), manifest, temperature) for i, _ in chosen}
     return joined([read[i].part(row) for i, row in chosen])

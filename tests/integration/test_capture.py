@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import capturing
@@ -21,6 +22,7 @@ import pytest
 import torch
 import two_nodes
 from capturing import CACHE, LENGTH, SAMPLED, SHARD_ROWS, SHARDS, TEACHER, TEXTS, VOCAB, unequal_rows
+from manifests import cache_manifest
 from safetensors.torch import load_file, save_file
 
 from sparsekd_ray import corpus
@@ -33,11 +35,12 @@ from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import capture, forward, inspect, shards, verify
 from sparsekd_ray.teacher.capture import TeacherActor
 from sparsekd_ray.teacher.forward import Forward, joined_signals
+from sparsekd_ray.teacher.manifest import CacheManifest, read_manifest
 from sparsekd_ray.teacher.signal import TopK, topk
 from sparsekd_ray.teacher.threshold import column_sizes
 
 KILLS = int(os.environ.get("SPARSEKD_KILLS", "0"))
-MANIFEST = {"signal": "topk", "codec": "compact", "k": 8, "temperatures": [2.0]}
+MANIFEST = cache_manifest(codec="compact")
 
 
 def shard_rows(count: int, length: int = LENGTH) -> pa.Table:
@@ -47,12 +50,12 @@ def shard_rows(count: int, length: int = LENGTH) -> pa.Table:
 
 
 def test_every_row_is_there_once_and_says_what_the_teacher_says(captured):
-    manifest = shards.read_manifest(captured.fetch(CACHE))
+    manifest = read_manifest(captured.fetch(CACHE))
     folder, texts = captured.local(CACHE.key), captured.fetch(TEXTS)
     cached = [shards.read(folder / shards.shard_name(i), manifest, 1.0) for i in range(SHARDS)]
     expected = corpus.read_rows(texts, "train")
     assert [name for rows in cached for name in rows.sample_ids] == expected["sample_id"].to_pylist()
-    assert sum(manifest["shard_rows"]) == len(expected) == SHARDS * SHARD_ROWS - 3
+    assert sum(manifest.shard_rows) == len(expected) == SHARDS * SHARD_ROWS - 3
     model = loading.load(captured.fetch(TEACHER))
     with torch.no_grad():
         logits = model(torch.from_numpy(cached[3].tokens(2)).long()[None]).logits[0, :-1]
@@ -60,13 +63,13 @@ def test_every_row_is_there_once_and_says_what_the_teacher_says(captured):
     assert torch.equal(cached[3].part(2).ids_NK, live.ids_NK)
 
 
-def alone(store: Store, out: Ref, manifest: dict) -> TeacherActor:
+def alone(store: Store, out: Ref, manifest: CacheManifest) -> TeacherActor:
     """An actor in this process, with the threads that Ray would give it."""
     return TeacherActor(store, TEACHER, TEXTS, out, manifest, False)
 
 
 def test_one_actor_and_two_give_the_same_bytes(captured):
-    out, manifest = Ref("cache", "alone", "cc44"), shards.read_manifest(captured.fetch(CACHE))
+    out, manifest = Ref("cache", "alone", "cc44"), read_manifest(captured.fetch(CACHE))
     assert alone(captured, out, manifest).shard(SHARDS - 1) == SHARD_ROWS - 3
     name = shards.shard_name(SHARDS - 1)
     assert captured.pull(out, name).read_bytes() == captured.local(f"{CACHE.key}/{name}").read_bytes()
@@ -81,36 +84,36 @@ def test_a_sample_meets_its_budget_and_does_not_depend_on_who_draws(captured):
     assert sum(sizes) / ((SHARDS * SHARD_ROWS - 3) * LENGTH) == pytest.approx(
         SAMPLED.bytes_per_token, rel=0.03
     )
-    alone(captured, again, shards.read_manifest(folder)).shard(7)
+    alone(captured, again, read_manifest(folder)).shard(7)
     name = shards.shard_name(7)
     assert captured.pull(again, name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("manifest", [MANIFEST, MANIFEST | {"signal": "sampled", "threshold": 0.01}])
+@pytest.mark.parametrize("manifest", [MANIFEST, replace(MANIFEST, signal="sampled", threshold=0.01)])
 def test_rows_of_unequal_length_are_as_if_each_length_ran_alone(captured, manifest):
     """Bit for bit, whatever rows of other lengths stand between; and as each row alone, but for the last bits, which
     depend on how many sequences a product of matrices takes at once."""
     lengths = [int(x) for x in np.random.default_rng(3).choice([2, 3, 7, 31, 32, 64], 60)]
-    rows, teacher = unequal_rows(lengths), Forward(loading.load(captured.fetch(TEACHER)), manifest)
+    rows, teacher = unequal_rows(lengths), Forward(loading.load(captured.fetch(TEACHER)))
     widths, ask = [], teacher.model.base_model.forward
     teacher.model.base_model.forward = lambda input_ids, **more: (
         widths.append(tuple(input_ids.shape)) or ask(input_ids=input_ids, **more)
     )
-    found = teacher.signal(rows)
+    found = teacher.signal(rows, manifest)
     assert [width for _, width in widths] == sorted((width for _, width in widths), reverse=True)
     assert sum(count * width for count, width in widths) == sum(lengths), "nothing is padded"
     first = np.cumsum([0, *(length - 1 for length in lengths)])
     for length in set(lengths):
         places = [row for row, own in enumerate(lengths) if own == length]
         positions = np.concatenate([np.arange(first[row], first[row + 1]) for row in places])
-        mine = joined_signals([teacher.signal(rows.take(places))])
+        mine = joined_signals([teacher.signal(rows.take(places), manifest)])
         for column, expected in zip(found, mine, strict=True):
             width = expected.shape[-1]
             assert torch.equal(
                 column[positions][..., :width] if column.ndim == 2 else column[positions], expected
             )
     if isinstance(found, TopK):
-        alone = joined_signals([teacher.signal(rows.slice(row, 1)) for row in range(len(rows))])
+        alone = joined_signals([teacher.signal(rows.slice(row, 1), manifest) for row in range(len(rows))])
         torch.testing.assert_close(found.logprobs_NK, alone.logprobs_NK)
 
 
@@ -136,15 +139,17 @@ def unequal(tmp_path_factory):
 
 def test_a_cache_of_unequal_rows_holds_each_row_and_passes_the_audit(unequal):
     manifest, rows = (
-        shards.read_manifest(unequal.fetch(CACHE)),
+        read_manifest(unequal.fetch(CACHE)),
         corpus.read_rows(unequal.fetch(TEXTS), "train"),
     )
     cached = [shards.read(unequal.fetch(CACHE) / shards.shard_name(i), manifest, 1.0) for i in range(3)]
     ids = [shard.tokens(row).tolist() for shard in cached for row in range(len(shard.sample_ids))]
     assert ids == rows["input_ids"].to_pylist()
-    assert "seq_len" not in manifest and manifest["tokens"] == sum(map(len, ids))
-    teacher = Forward(loading.load(unequal.fetch(TEACHER)), manifest)
-    assert torch.equal(cached[1].part(2).ids_NK, teacher.signal(rows.slice(SHARD_ROWS + 2, 1)).ids_NK)
+    assert manifest.seq_len is None and manifest.tokens == sum(map(len, ids))
+    teacher = Forward(loading.load(unequal.fetch(TEACHER)))
+    assert torch.equal(
+        cached[1].part(2).ids_NK, teacher.signal(rows.slice(SHARD_ROWS + 2, 1), manifest).ids_NK
+    )
     measured = verify.verify(unequal, CACHE, sequences=9, seed=0)
     assert measured["rows"] == len(rows) and measured["positions"] < 9 * LENGTH
     assert inspect.sequence(unequal, CACHE, "prose-train-000005", 2.0, top=3).row_count == len(ids[5]) - 1
@@ -156,17 +161,17 @@ def test_a_cache_of_unequal_rows_holds_each_row_and_passes_the_audit(unequal):
 @pytest.mark.parametrize("codec", ["plain", "compact"])
 def test_a_row_that_lost_its_end_is_found(unequal, codec):
     """With the positions that belong to it: every count inside the file is right."""
-    out, manifest = Ref("cache", f"short-{codec}", "cc88"), shards.read_manifest(unequal.fetch(CACHE))
-    manifest["codec"] = codec
-    teacher = Forward(loading.load(unequal.fetch(TEACHER)), manifest)
+    out = Ref("cache", f"short-{codec}", "cc88")
+    manifest = replace(read_manifest(unequal.fetch(CACHE)), codec=codec)
+    teacher = Forward(loading.load(unequal.fetch(TEACHER)))
     with unequal.building(out) as folder:
-        for index, count in enumerate(manifest["shard_rows"]):
+        for index, count in enumerate(manifest.shard_rows):
             rows = corpus.read_shard(unequal.fetch(TEXTS) / "train" / shards.shard_name(index))
             ids = rows["input_ids"].to_pylist()
             ids[count - 1] = ids[count - 1][: -1 if index == 1 else None]
             rows = rows.set_column(2, rows.schema.field(2), pa.array(ids, pa.list_(pa.int32())))
-            shards.write(folder / shards.shard_name(index), rows, teacher.signal(rows), manifest)
-        (folder / shards.MANIFEST).write_text(json.dumps(manifest))
+            shards.write(folder / shards.shard_name(index), rows, teacher.signal(rows, manifest), manifest)
+        manifest.write(folder)
     unequal.commit(out, identity={}, inputs=capturing.PARENTS, metrics={}, seconds=0)
     with pytest.raises(IntegrityError, match=r"00001\.parquet: its lengths"):
         verify.verify(unequal, out, sequences=4, seed=0)
@@ -290,8 +295,8 @@ def test_a_thousand_changed_bytes_are_each_refused(captured):
 
 def read_all(store: Store) -> None:
     folder = store.fetch(CACHE)
-    manifest = shards.read_manifest(folder)
-    for index in range(len(manifest["shard_rows"])):
+    manifest = read_manifest(folder)
+    for index in range(len(manifest.shard_rows)):
         shards.read(folder / shards.shard_name(index), manifest, 2.0)
 
 
@@ -301,7 +306,7 @@ def test_a_machine_downloads_the_teacher_once(captured, s3_server, tmp_path, mon
     download = Store.download
     monkeypatch.setattr(Store, "download", lambda self, key: downloaded.append(key) or download(self, key))
     for _ in range(2):
-        alone(machine, CACHE, shards.read_manifest(captured.fetch(CACHE))).shard(0)
+        alone(machine, CACHE, read_manifest(captured.fetch(CACHE))).shard(0)
     assert sorted(key for key in downloaded if TEACHER.key in key) == [
         f"{TEACHER.key}/{name}" for name in sorted(store.record(TEACHER)["files"])
     ]
@@ -316,16 +321,16 @@ def test_probabilities_that_are_no_numbers_name_the_sample(captured):
     rows = np.full((20, LENGTH), 5, np.int32)
     rows[17, 3] = 77
     with pytest.raises(ModelError, match="prose-train-000017"):
-        Forward(model, MANIFEST).signal(domain_table("prose", "train", rows))
-    sampling = MANIFEST | {"signal": "sampled", "threshold": 0.1}
+        Forward(model).signal(domain_table("prose", "train", rows), MANIFEST)
+    sampling = replace(MANIFEST, signal="sampled", threshold=0.1)
     with pytest.raises(ModelError, match="prose-train-000017"):
-        Forward(model, sampling).signal(domain_table("prose", "train", rows))
+        Forward(model).signal(domain_table("prose", "train", rows), sampling)
 
 
 def test_a_card_that_is_too_small_takes_fewer_sequences(captured, monkeypatch):
     model = loading.load(captured.fetch(TEACHER))
-    whole = Forward(model, MANIFEST)
-    expected, ask = whole.signal(shard_rows(20)), model.base_model.forward
+    whole = Forward(model)
+    expected, ask = whole.signal(shard_rows(20), MANIFEST), model.base_model.forward
 
     def small(input_ids, **more):
         if len(input_ids) > 3:
@@ -333,20 +338,20 @@ def test_a_card_that_is_too_small_takes_fewer_sequences(captured, monkeypatch):
         return ask(input_ids=input_ids, **more)
 
     monkeypatch.setattr(model.base_model, "forward", small)
-    halved = Forward(model, MANIFEST)
-    found = halved.signal(shard_rows(20))
+    halved = Forward(model)
+    found = halved.signal(shard_rows(20), MANIFEST)
     assert (whole.sequences, halved.sequences) == (forward.SEQUENCES["cpu"], 2)
     assert torch.equal(found.ids_NK, expected.ids_NK)
     torch.testing.assert_close(found.logprobs_NK, expected.logprobs_NK)
     monkeypatch.setattr(model.base_model, "forward", lambda **more: small(range(9)))
     with pytest.raises(ModelError, match="one sequence of this teacher, or 512 positions"):
-        halved.signal(shard_rows(1))
+        halved.signal(shard_rows(1), MANIFEST)
 
 
 def test_a_row_without_a_prediction_is_refused(captured):
-    teacher = Forward(loading.load(captured.fetch(TEACHER)), MANIFEST)
+    teacher = Forward(loading.load(captured.fetch(TEACHER)))
     with pytest.raises(CorpusError, match="sample prose-train-000002 has 1 tokens"):
-        teacher.signal(unequal_rows([4, 3, 1, 5]))
+        teacher.signal(unequal_rows([4, 3, 1, 5]), MANIFEST)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +391,7 @@ def test_k_of_a_whole_vocabulary_is_refused(captured):
 
 def test_a_teacher_that_changes_between_shards_is_refused(captured, tmp_path):
     store = capturing.prepare(Store(str(tmp_path)))
-    actor = alone(store, CACHE, shards.read_manifest(captured.fetch(CACHE)))
+    actor = alone(store, CACHE, read_manifest(captured.fetch(CACHE)))
     actor.shard(0)
     config = tmp_path / TEACHER.key / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 5.0}))
@@ -398,6 +403,6 @@ def test_a_shard_that_cannot_be_read_is_named(captured, tmp_path):
     store = capturing.prepare(Store(str(tmp_path)))
     path = tmp_path / TEXTS.key / "train" / "00004.parquet"
     path.write_bytes(path.read_bytes()[:100])
-    actor = alone(store, CACHE, shards.read_manifest(captured.fetch(CACHE)))
+    actor = alone(store, CACHE, read_manifest(captured.fetch(CACHE)))
     with pytest.raises(IntegrityError, match=r"00004\.parquet"):
         actor.shard(4)

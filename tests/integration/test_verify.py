@@ -1,8 +1,8 @@
 """A cache under audit: right ones pass, and what checksums cannot see is found."""
 
-import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import capturing
@@ -18,6 +18,7 @@ from sparsekd_ray.store import Ref, Store, locate
 from sparsekd_ray.teacher import inspect, shards
 from sparsekd_ray.teacher import verify as verification
 from sparsekd_ray.teacher.forward import Forward
+from sparsekd_ray.teacher.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 FORMS = {
@@ -31,14 +32,14 @@ FORMS = {
 def made(store: Store, name: str, form: str, change=lambda rows, signal: (rows, signal)) -> Ref:
     """A committed cache made in this process, its rows or signal changed on the way; every checksum is right."""
     ref = Ref("cache", name, "ee11")
-    manifest = shards.read_manifest(store.fetch(CACHE)) | FORMS[form]
-    forward = Forward(loading.load(store.fetch(TEACHER)), manifest)
+    manifest = replace(read_manifest(store.fetch(CACHE)), **FORMS[form])
+    forward = Forward(loading.load(store.fetch(TEACHER)))
     with store.building(ref) as out:
-        for index in range(len(manifest["shard_rows"])):
+        for index in range(len(manifest.shard_rows)):
             rows = corpus.read_shard(store.fetch(TEXTS) / "train" / shards.shard_name(index))
-            rows, signal = change(rows, forward.signal(rows))
+            rows, signal = change(rows, forward.signal(rows, manifest))
             shards.write(out / shards.shard_name(index), rows, signal, manifest)
-        (out / shards.MANIFEST).write_text(json.dumps(manifest))
+        manifest.write(out)
     store.commit(ref, identity={}, inputs=PARENTS, metrics={}, seconds=0)
     return ref
 
@@ -137,10 +138,10 @@ def test_a_wrong_sample_is_found(captured, form, change):
 def test_show_lists_the_likeliest_and_the_tail(captured):
     sample = "prose-train-000005"
     table = inspect.sequence(captured, CACHE, sample, 2.0, top=3)
-    manifest = shards.read_manifest(captured.fetch(CACHE))
+    manifest = read_manifest(captured.fetch(CACHE))
     rows = next(r for _, r in inspect.all_rows(captured, CACHE, 2.0) if sample in r.sample_ids)
     part, cells = rows.part(rows.sample_ids.index(sample)), [list(column.cells) for column in table.columns]
-    assert table.row_count == manifest["seq_len"] - 1
+    assert table.row_count == manifest.seq_len - 1
     assert cells[4][7].count("w") == 3 and cells[4][7].startswith(f"w{int(part.ids_NK[7, 0])} ")
     assert cells[5][7] == f"{float(part.tail_N[7]):.1%}"
     with pytest.raises(ConfigError, match="no sample 'nothing'; it holds prose-train-"):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from manifests import cache_manifest
 from models import VOCABULARY, dense_directory
 from safetensors import safe_open
 
@@ -82,17 +83,16 @@ def cache(store: Store, model: Ref, corpus: str = TEXTS.fingerprint) -> Ref:
     """What this model says of the corpus, as a capture leaves it."""
     out = Ref("cache", model.name, model.fingerprint + corpus)
     if store.record(out) is None:
-        manifest = {
-            "format": shards.FORMAT, "signal": "topk", "codec": "plain", "k": 12, "temperatures": TEMPERATURES,
-            "vocab_size": VOCABULARY, "tokenizer_hash": "dd", "teacher": model.fingerprint, "corpus": corpus,
-            "seq_len": LENGTH, "shard_rows": [SHARD_ROWS] * (ROWS // SHARD_ROWS), "rows": ROWS,
-        }  # fmt: skip
-        teacher = Forward(loading.load(store.fetch(model)), manifest)
+        manifest = cache_manifest(
+            k=12, temperatures=tuple(TEMPERATURES), vocab_size=VOCABULARY, tokenizer_hash="dd", corpus=corpus,
+            teacher=model.fingerprint, seq_len=LENGTH, shard_rows=(SHARD_ROWS,) * (ROWS // SHARD_ROWS), rows=ROWS,
+        )  # fmt: skip
+        teacher = Forward(loading.load(store.fetch(model)))
         with store.building(out) as folder:
             for path in sorted((store.fetch(TEXTS) / "train").iterdir()):
                 rows = read_shard(path)
-                shards.write(folder / path.name, rows, teacher.signal(rows), manifest)
-            (folder / MANIFEST).write_text(json.dumps(manifest))
+                shards.write(folder / path.name, rows, teacher.signal(rows, manifest), manifest)
+            manifest.write(folder)
         commit(store, out)
     return out
 

@@ -102,7 +102,7 @@ def test_sdm_takes_a_cache_of_its_own_text_at_its_temperature(store: Store) -> N
         return pruning.task(store, DENSE["phi3"], "sdm-bad", settings, 0.4, **more)
 
     settings = SETTINGS["sdm"].model_copy(update={"temperature": 0.75})
-    with pytest.raises(ModelError, match=r"temperatures \[0.5, 2.0\] and 1, not 0.75"):
+    with pytest.raises(ModelError, match=r"temperatures 1, 0.5, 2, not at 0.75"):
         prune(asked(), map_local)
     settings = SETTINGS["sdm"]
     with pytest.raises(ModelError, match="of another corpus"):

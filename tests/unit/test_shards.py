@@ -1,25 +1,32 @@
 """The shard format: what is written is what is read, in every form, and what does not match is refused."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from manifests import cache_manifest
 
 from sparsekd_ray.errors import IntegrityError, ModelError
-from sparsekd_ray.teacher import payload, shards
+from sparsekd_ray.teacher import shards
+from sparsekd_ray.teacher.manifest import read_manifest
 from sparsekd_ray.teacher.signal import sampled, tempered, topk
 
 ROWS, LENGTH, K, TEMPERATURES, VOCAB, THRESHOLD = 3, 6, 4, (1.5, 2.0), 290, 0.04
-MANIFEST = {
-    "format": shards.FORMAT, "signal": "topk", "codec": "plain", "seq_len": LENGTH, "k": K,
-    "temperatures": list(TEMPERATURES), "vocab_size": VOCAB, "tokenizer_hash": "aa", "teacher": "bb", "corpus": "cc",
-}  # fmt: skip
-COMPACT = MANIFEST | {"codec": "compact"}
-SAMPLED = MANIFEST | {"signal": "sampled", "temperatures": [2.0], "threshold": THRESHOLD}
-SAMPLED_COMPACT = SAMPLED | {"codec": "compact"}
+MANIFEST = cache_manifest(
+    seq_len=LENGTH,
+    k=K,
+    temperatures=TEMPERATURES,
+    vocab_size=VOCAB,
+    tokenizer_hash="aa",
+    teacher="bb",
+    corpus="cc",
+)
+COMPACT = replace(MANIFEST, codec="compact")
+SAMPLED = replace(MANIFEST, signal="sampled", temperatures=(2.0,), threshold=THRESHOLD)
+SAMPLED_COMPACT = replace(SAMPLED, codec="compact")
 FORMS = pytest.mark.parametrize(
     "manifest",
     [MANIFEST, COMPACT, SAMPLED, SAMPLED_COMPACT],
@@ -39,9 +46,9 @@ def corpus_rows(rows=ROWS, length=LENGTH, vocabulary=VOCAB):
 
 
 def signal_of(logits, manifest):
-    if manifest["signal"] == "topk":
-        return topk(logits, manifest["k"], tuple(manifest["temperatures"]))
-    return sampled(logits, 2.0, manifest["threshold"], torch.rand(len(logits)))
+    if manifest.signal == "topk":
+        return topk(logits, manifest.k, manifest.temperatures)
+    return sampled(logits, 2.0, manifest.threshold, torch.rand(len(logits)))
 
 
 def written(folder, manifest):
@@ -105,12 +112,12 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, manifest):
 @FORMS
 def test_a_manifest_of_another_shape_is_refused(tmp_path, manifest):
     path, _, _ = written(tmp_path, manifest)
-    changes = [{"seq_len": LENGTH + 1}, {"codec": "compact" if manifest["codec"] == "plain" else "plain"}]
-    if manifest["signal"] == "topk":
-        changes += [{"k": K + 1}, {"temperatures": [2.0]}]
+    changes = [{"seq_len": LENGTH + 1}, {"codec": "compact" if manifest.codec == "plain" else "plain"}]
+    if manifest.signal == "topk":
+        changes += [{"k": K + 1}, {"temperatures": (2.0,)}]
     for change in changes:
         with pytest.raises(IntegrityError, match=r"00000\.parquet"):
-            shards.read(path, manifest | change, 2.0)
+            shards.read(path, replace(manifest, **change), 2.0)
 
 
 def test_a_truncated_or_foreign_file_is_refused(tmp_path):
@@ -125,18 +132,26 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path):
 
 def test_a_cache_of_something_else_is_refused():
     mine = {"tokenizer_hash": "aa", "vocab_size": VOCAB, "teacher": "bb", "corpus": "cc"}
-    shards.check(MANIFEST, **mine)
+    MANIFEST.require(**mine)
     for key in mine:
         with pytest.raises(ModelError, match=key):
-            shards.check(MANIFEST, **(mine | {key: "other"}))
+            MANIFEST.require(**(mine | {key: "other"}))
 
 
 def test_temperatures_come_from_the_manifest(tmp_path):
-    (tmp_path / shards.MANIFEST).write_text(json.dumps(MANIFEST))
-    manifest = shards.read_manifest(tmp_path)
-    assert payload.column(manifest, 1.0) is None
-    assert payload.column(manifest, 2.0) == 1
-    with pytest.raises(ModelError, match=r"3\.0.*teacher\.temperatures"):
-        payload.column(manifest, 3.0)
-    with pytest.raises(ModelError, match=r"not 1\.0"):
-        payload.column(SAMPLED, 1.0)
+    MANIFEST.write(tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert manifest == MANIFEST
+    assert manifest.normaliser_index(1.0) is None
+    assert manifest.normaliser_index(2.0) == 1
+    with pytest.raises(ModelError, match=r"not at 3: .*teacher\.temperatures"):
+        manifest.normaliser_index(3.0)
+    with pytest.raises(ModelError, match=r"not at 1:"):
+        SAMPLED.normaliser_index(1.0)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"signal": "topk", "more": 1}'])
+def test_a_file_that_is_no_manifest_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(IntegrityError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
