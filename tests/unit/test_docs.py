@@ -1,0 +1,65 @@
+"""The documents: links lead somewhere, commands name files that exist, the reader of the cache's format reads one."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from sparsekd_ray.teacher import shards
+from sparsekd_ray.teacher.signal import topk
+
+ROOT = Path(__file__).parents[2]
+PATH = r"(?:python|pytest|bash|`)\s*((?:jobs|tests|examples|sparsekd_ray|docs)/[\w/.-]+)"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (document.parent / path) if path else document
+        assert linked.exists(), f"{document.name} links to {target}"
+        assert not anchor or anchor in anchors(linked), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_name_files_of_the_repository(document: Path) -> None:
+    if document.name == "CHANGELOG.md":  # which names what is gone
+        return
+    for name in re.findall(PATH, document.read_text()):
+        assert (ROOT / name.rstrip(".")).exists(), f"{document.name} names {name}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_documented_program_reads_a_plain_cache(tmp_path: Path) -> None:
+    temperatures, length, vocab = (2.0, 4.0), 5, 50
+    manifest = {"signal": "topk", "codec": "plain", "k": 4, "temperatures": list(temperatures)}
+    logits_NV = torch.randn(2 * (length - 1), vocab, generator=torch.Generator().manual_seed(0))
+    ids = pa.ListArray.from_arrays(pa.array([0, 5, 10], pa.int32()), pa.array(range(10), pa.int32()))
+    rows = pa.table({"sample_id": ["a", "b"], "domain": ["x", "x"], "input_ids": ids})
+    shards.write(tmp_path / "00000.parquet", rows, topk(logits_NV, 4, temperatures), manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+
+    program = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "cache-format.md").read_text(), re.DOTALL)
+    assert program is not None
+    read: dict[str, object] = {"cache": str(tmp_path)}
+    exec(program[1], read)
+
+    p_NV = (logits_NV[: length - 1] / 2.0).softmax(-1).numpy()
+    kept_NK = np.take_along_axis(p_NV, read["ids"], -1)
+    np.testing.assert_allclose(np.exp(read["logprobs_T"]), kept_NK, atol=1e-6)
+    np.testing.assert_allclose(read["tail"], 1 - kept_NK.sum(-1), atol=1e-6)
