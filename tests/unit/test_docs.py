@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from sparsekd_ray.teacher import shards
+from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.signal import topk
 
 ROOT = Path(__file__).parents[2]
@@ -47,12 +49,15 @@ def test_the_readme_is_short() -> None:
 
 def test_the_documented_program_reads_a_plain_cache(tmp_path: Path) -> None:
     temperatures, length, vocab = (2.0, 4.0), 5, 50
-    manifest = {"signal": "topk", "codec": "plain", "k": 4, "temperatures": list(temperatures)}
+    manifest = CacheManifest(
+        signal="topk", codec="plain", k=4, temperatures=temperatures, vocab_size=vocab, tokenizer_hash="t",
+        teacher="a", corpus="b", shard_rows=(2,), rows=2, tokens=10, dtype="float32", seq_len=length,
+    )  # fmt: skip
     logits_NV = torch.randn(2 * (length - 1), vocab, generator=torch.Generator().manual_seed(0))
     ids = pa.ListArray.from_arrays(pa.array([0, 5, 10], pa.int32()), pa.array(range(10), pa.int32()))
     rows = pa.table({"sample_id": ["a", "b"], "domain": ["x", "x"], "input_ids": ids})
     shards.write(tmp_path / "00000.parquet", rows, topk(logits_NV, 4, temperatures), manifest)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_text(json.dumps(asdict(manifest)))
 
     program = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "cache-format.md").read_text(), re.DOTALL)
     assert program is not None
