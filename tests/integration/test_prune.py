@@ -11,10 +11,10 @@ from typing import Any
 import pruning
 import pytest
 import torch
-from conftest import free_port
 from models import FAMILIES
 from pruning import DENSE, LOW_RANK, PREDICTED, SETTINGS, TEXTS, elements, finish
 
+from benchmarks.s3_server import free_port
 from sparsekd_ray.config import Execution, Prune
 from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.prune import calibrate, low_rank, svd
