@@ -10,7 +10,7 @@ STORE ?= $(CURDIR)/store
 .PHONY: demo test env clean
 
 demo: env
-	BIN=$(BIN) STORE=$(STORE) bash jobs/demo.sh
+	BIN="$(BIN)" STORE="$(STORE)" bash jobs/demo.sh
 
 test: env
 	$(BIN)/ruff check .
@@ -22,7 +22,7 @@ env: $(VENV)/.installed
 
 # exact versions from constraints.txt; deepspeed reads the installed torch while it is built, hence two steps
 $(VENV)/.installed: constraints.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel torch
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@

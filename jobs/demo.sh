@@ -8,6 +8,14 @@ export RAY_AUTH_MODE=token
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when the job is over, nothing is left to wait half a minute for
 export RAY_num_workers_soft_limit=$(($(nproc) + 2)) # a stage and its pieces keep their processes between steps
 export OMP_WAIT_POLICY=passive # waiting threads sleep and leave the cores to other work
+export PYTHONUNBUFFERED=1 # lines appear as they are printed, also when the output is a file
+# a company's proxy does not lead to this machine
+direct=${no_proxy:-${NO_PROXY:-}}
+export no_proxy="${direct:+$direct,}127.0.0.1,localhost"
+export NO_PROXY="$no_proxy"
+# the names of Ray's sockets below this directory may have 107 bytes in all
+temporary=${RAY_TMPDIR:-${TMPDIR:-/tmp}}
+[ ${#temporary} -le 39 ] || { echo "error: $temporary is too long for Ray's sockets: set RAY_TMPDIR=/tmp" >&2; exit 2; }
 store=${STORE:-$PWD/store}
 address=${RAY_ADDRESS:-http://127.0.0.1:8265}
 

@@ -17,6 +17,10 @@ class ModelError(SparseKDError):
     """A model is not supported, or does not match its record, its tokenizer or its teacher."""
 
 
+class ClusterError(SparseKDError):
+    """Ray cannot be reached or started, or lacks what the run asks for."""
+
+
 class StoreError(SparseKDError):
     """The store cannot be reached, written or read, or somebody else holds what is asked for."""
 

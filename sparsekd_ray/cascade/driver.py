@@ -42,7 +42,8 @@ def run(config: Config, steps: list[Step], store: Store, still_ours: Callable[[]
     `still_ours` raises StoreError if another driver has taken the run over.
     """
     pending = [step for step in steps if store.record(step.ref) is None]
-    with connected(config.execution), listening() as log_queue:
+    processes = side_by_side(pending, config.execution)
+    with connected(config.execution, processes), listening() as log_queue:
         threading.Thread(target=_import_ahead, daemon=True).start()
         while pending:
             batch = next_batch(pending, apart=config.execution.gpus)
@@ -54,6 +55,12 @@ def run(config: Config, steps: list[Step], store: Store, still_ours: Callable[[]
                 if todo:
                     _make(todo, steps, config, store, log_queue)
             pending = [step for step in pending if step not in batch]
+
+
+def side_by_side(steps: list[Step], execution: Execution) -> int:
+    """How many workers or actors `steps` need at a time."""
+    counts = {"distill": execution.workers, "cache": execution.actors}
+    return max((counts.get(step.kind, 1) for step in steps), default=1)
 
 
 def next_batch(pending: list[Step], apart: bool = False) -> list[Step]:

@@ -1,23 +1,38 @@
-"""The connection to Ray: the cluster that `ray job submit` names, or a local Ray of this process's own."""
+"""The connection to Ray: the cluster that `ray job submit` names, or a local Ray of this process's own.
+
+A local Ray cannot grow, so a run that asks for more GPUs than this machine has is refused at once. A cluster may have
+an autoscaler: there a run waits for what is missing, and says so every minute.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from sparsekd_ray.config import Execution
-from sparsekd_ray.errors import SparseKDError
+from sparsekd_ray.errors import ClusterError, SparseKDError
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 
-def unwrapped(call: Callable[[], Any]) -> Any:
+SECONDS_BETWEEN_REMINDERS = 60.0
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+
+# Ray's longest socket below its temporary directory; the system allows 107 bytes in all (103 on a Mac)
+SOCKET = "/ray/session_2026-01-31_23-59-59_000000_4194304/sockets/plasma_store"
+LONGEST_TEMPORARY_DIRECTORY = (103 if sys.platform == "darwin" else 107) - len(SOCKET)
+
+
+def unwrapped(call: Callable[[], Result]) -> Result:
     """Our own errors as they were raised in the other process, without Ray's traceback around them."""
     try:
         return call()
@@ -28,57 +43,139 @@ def unwrapped(call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def connected(execution: Execution) -> Iterator[None]:
-    """A connection to the cluster of RAY_ADDRESS (set by `ray job submit`), or a local Ray of our own."""
+def connected(execution: Execution, processes: int = 1) -> Iterator[None]:
+    """A connection to the cluster of RAY_ADDRESS (set by `ray job submit`), or a local Ray of our own.
+
+    `processes`: how many workers or actors the run needs side by side, each with a GPU if `execution.gpus`.
+    ClusterError: Ray cannot be reached or started, or its own machine has too few GPUs.
+    """
     if ray.is_initialized():  # a test's cluster
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault(
-        "RAY_BACKEND_LOG_LEVEL", "fatal"
-    )  # its warnings about actors are for Ray's developers
+    # Ray's C++ warnings about actors are for Ray's developers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # threads that sleep while they wait, instead of spinning, leave the cores to whatever else the machine does
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    needed = max(execution.workers, execution.actors, execution.threads)
-    if address:
-        try:
-            _knock(address)
-            ray.init(address=address, **quiet)
-        except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
-            raise SparseKDError(
-                f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): start one with "
-                "`ray start --head`, correct the address, or unset RAY_ADDRESS to use this machine alone"
-            ) from None
-    else:
-        cpus = max(os.cpu_count() or 1, needed)
-        # a stage and its pieces are one process more than there are cores; a new one would import torch again
-        os.environ.setdefault("RAY_num_workers_soft_limit", str(cpus + 2))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    address = os.environ.get("RAY_ADDRESS")
     try:
-        _check_resources(execution, needed)
-        yield
+        if address:
+            _join(address)
+            with _reminding(lambda: shortage(execution, processes)):
+                yield
+        else:
+            _start(max(os.cpu_count() or 1, execution.workers, execution.actors, execution.threads))
+            _refuse_missing_gpus(execution, processes)
+            yield
     finally:
         ray.shutdown()
 
 
+def _join(address: str) -> None:
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"RAY_ADDRESS={address} is where jobs are submitted. Submit this command with `ray job submit --address "
+            f"{address} --working-dir . -- python …`, or unset RAY_ADDRESS to use this machine alone."
+        )
+    try:
+        _knock(address)
+        ray.init(address=address, **QUIET)
+    except Exception as error:  # Ray raises many types here
+        raise ClusterError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({_first_line(error)}): start one with "
+            "`ray start --head`, correct the address, or unset RAY_ADDRESS to use this machine alone"
+        ) from None
+
+
 def _knock(address: str) -> None:
     """ConnectionError or TimeoutError within seconds where nothing listens; Ray alone would try for two minutes."""
-    host, separator, port = address.rpartition(":")
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
     if separator and port.isdigit() and "/" not in host:
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
             raise ConnectionError(str(error)) from None
 
 
-def _check_resources(execution: Execution, needed: int) -> None:
-    """Says at once, rather than waiting for ever, what the cluster lacks."""
-    have = ray.cluster_resources()
-    gpus = max(execution.workers, execution.actors) if execution.gpus else 0
-    if have.get("CPU", 0) < needed or have.get("GPU", 0) < gpus:
-        found = f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
-        logger.warning(
-            f"the cluster has {found} now; this run asks for {needed} CPUs and {gpus} GPUs at a time and waits for an "
-            "autoscaler to add them (or lower execution.workers, actors, threads)"
+def _start(cpus: int) -> None:
+    check_temporary_directory()
+    # a stage and its tasks are one process more than there are cores; a new one would import torch again
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(cpus + 2))
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
+    except Exception as error:  # Ray raises many types here
+        raise ClusterError(
+            f"Ray does not start on this machine ({_first_line(error)}). Its files go to {_temporary_directory()[1]}"
+            "/ray: give a directory that this user may write, and that has space, in RAY_TMPDIR."
+        ) from None
+
+
+def check_temporary_directory() -> None:
+    """ClusterError if Ray's sockets would have longer names than the system allows, as in a batch system's scratch."""
+    variable, directory = _temporary_directory()
+    if len(os.fsencode(directory)) > LONGEST_TEMPORARY_DIRECTORY:
+        raise ClusterError(
+            f"{variable}={directory} is too long for Ray: its sockets lie below it, and their names may have only "
+            f"{LONGEST_TEMPORARY_DIRECTORY + len(SOCKET)} bytes. Set RAY_TMPDIR to a directory of at most "
+            f"{LONGEST_TEMPORARY_DIRECTORY} bytes, such as RAY_TMPDIR=/tmp."
         )
+
+
+def _temporary_directory() -> tuple[str, str]:
+    """Ray's choice: the variable that names the directory, and the directory."""
+    for variable in ("RAY_TMPDIR", "TMPDIR"):
+        if variable in os.environ and (variable == "RAY_TMPDIR" or sys.platform.startswith("linux")):
+            return variable, os.environ[variable]
+    return "RAY_TMPDIR", "/tmp"
+
+
+def _refuse_missing_gpus(execution: Execution, processes: int) -> None:
+    """ClusterError if this machine, which no autoscaler adds to, has too few GPUs."""
+    if not execution.gpus or (gpus := int(ray.cluster_resources().get("GPU", 0))) >= processes:
+        return
+    if gpus == 0:
+        advice = "Leave out --execution.gpus, or submit the job to a cluster that has GPUs (RAY_ADDRESS)."
+    else:
+        advice = f"Set --execution.workers {gpus} --execution.actors {gpus}, or submit the job to a larger cluster."
+    raise ClusterError(
+        f"execution.gpus asks for {processes} GPU{'s' * (processes > 1)} at a time; Ray finds {gpus} on this machine "
+        f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). {advice}"
+    )
+
+
+def shortage(execution: Execution, processes: int) -> str | None:
+    """What the cluster lacks at present, in words; None if it lacks nothing."""
+    resources = ray.cluster_resources()
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    needed_cpus = max(processes, execution.threads)
+    needed_gpus = processes if execution.gpus else 0
+    if cpus >= needed_cpus and gpus >= needed_gpus:
+        return None
+    return (
+        f"the cluster has {cpus} CPUs and {gpus} GPUs; this run needs {needed_cpus} CPUs and {needed_gpus} GPUs at a "
+        "time and waits for them. If no autoscaler is there to add them, stop the run and lower execution.workers, "
+        "actors or threads, or leave out execution.gpus"
+    )
+
+
+@contextmanager
+def _reminding(missing: Callable[[], str | None]) -> Iterator[None]:
+    """Logs what is missing now, and every minute until nothing is, while the block runs."""
+    done = threading.Event()
+
+    def remind() -> None:
+        while (text := missing()) is not None:
+            logger.warning(text)
+            if done.wait(SECONDS_BETWEEN_REMINDERS):
+                return
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

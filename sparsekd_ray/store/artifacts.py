@@ -116,14 +116,17 @@ class Store(Files):
 
     @contextmanager
     def _one_at_a_time(self, ref: Ref) -> Iterator[None]:
-        """Of the processes of a machine, the first downloads an S3 artifact and the others find it."""
+        """The first process on a machine downloads an S3 artifact; the others wait and reuse its files."""
         if not self.remote:
             yield
             return
-        lock = self.local(f"{ref.key}.lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with self.explaining(f"locking {ref.key} in scratch"):
+            lock = FileLock(self.lock_path(ref.key))
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
     def _fetched(self, ref: Ref, listed: dict[str, Fact], files: Sequence[str] | None) -> Path:
         if unknown := sorted(set(files or ()) - set(listed)):

@@ -6,6 +6,7 @@ file. What goes wrong becomes a StoreError that says what was found and what to 
 
 import errno
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -47,14 +48,23 @@ class Files:
         """Where a key lies on this machine: its place in a local root, its scratch copy for S3."""
         if not self.remote:
             return Path(self.root, key)
-        scratch = Path(self.scratch or "~/.cache/sparsekd-ray").expanduser().absolute()
-        return scratch / self.root.removeprefix("s3://") / key
+        return self._scratch() / self.root.removeprefix("s3://") / key
+
+    def lock_path(self, key: str) -> Path:
+        """A lock file of this user's own: the machine's users may share a scratch directory, but not their locks."""
+        folder = self._scratch() / f".locks-{os.getuid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{hashlib.sha256(self.url(key).encode()).hexdigest()[:24]}.lock"
+
+    def _scratch(self) -> Path:
+        return Path(self.scratch or "~/.cache/sparsekd-ray").expanduser().absolute()
 
     def check(self) -> None:
         """Prove within seconds that this process may write, list, read and delete here; StoreError if not."""
-        files, probe = s3.client(hasty=True) if self.remote else self._files, uuid.uuid4().hex
+        probe = uuid.uuid4().hex
         path = self._path(f".check-{probe}")
         with self.explaining("trying to write, list, read and delete a file"):
+            files = s3.client(hasty=True) if self.remote else self._files
             if not self.remote:
                 os.makedirs(self.root, exist_ok=True)
             files.pipe_file(path, probe.encode())
@@ -150,7 +160,7 @@ class Files:
         if disk_full(error):
             found, todo = f"no space left on device, {_free(self.local(''))}", "Free space and resubmit."
         elif self.remote and not getattr(error, "filename", None):
-            found, todo = s3.words(error)
+            found, todo = s3.explain(error)
         else:  # a file on this machine, scratch included
             where = getattr(error, "filename", None) or self.root
             found = f"{getattr(error, 'strerror', None) or error} ({where})"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import threading
 import time
 import uuid
@@ -23,7 +22,6 @@ import numpy as np
 import ray
 import ray.data
 import torch
-from filelock import FileLock
 from ray.data import ActorPoolStrategy
 
 from sparsekd_ray import corpus
@@ -54,10 +52,7 @@ class TeacherActor:
         self.store, self.teacher, self.texts, self.out = store, teacher, texts, out
         self.manifest, self.one_at_a_time = manifest, threading.Lock()
         device, dtype = "cuda" if gpu else "cpu", getattr(torch, manifest.dtype)
-        # the first actor of a machine downloads the weights, the others find them
-        with FileLock(Path(tempfile.gettempdir()) / f"sparsekd-{teacher.fingerprint}.lock"):
-            directory = store.fetch(teacher)
-        self.forward = Forward(loading.load(directory, dtype=dtype, device=device))
+        self.forward = Forward(loading.load(store.fetch(teacher), dtype=dtype, device=device))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         for index in batch["shard"]:

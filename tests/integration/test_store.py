@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import S3Server
 from lines import recorded
 
+from benchmarks.s3_server import S3Server
 from sparsekd_ray.errors import ConfigError, IntegrityError, StoreError
-from sparsekd_ray.store import Ref, Store, files
+from sparsekd_ray.store import Ref, Store, files, s3
 from sparsekd_ray.store.artifacts import _promise
 
 REF = Ref("cache", "dense", "0123abcd")
@@ -371,6 +371,105 @@ def test_check_says_what_is_wrong(
         assert secret not in str(caught.value)
 
 
+class Refuses(http.server.BaseHTTPRequestHandler):
+    """An S3 server that answers every request with an error code."""
+
+    answer: str
+
+    def log_message(self, *_: object) -> None: ...
+
+    def refuse(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = f"<?xml version='1.0'?><Error><Code>{self.answer}</Code><Message>no</Message></Error>".encode()
+        self.send_response(400 if self.answer.startswith("Expired") else 403)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_DELETE = refuse
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Credentials for a server that a test names; new connections before and after."""
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", *s3.PROXIES):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/dev/null")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "some-access-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "some-secret-key")
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("ExpiredToken", "session token has expired .*Renew the credentials"),
+        ("RequestTimeTooSkewed", "this machine's clock .*Set the clock"),
+        ("InvalidAccessKeyId", "does not know the access key.*Check AWS_ACCESS_KEY_ID"),
+        ("SignatureDoesNotMatch", "secret key does not belong to it.*AWS_SECRET_ACCESS_KEY"),
+        ("PermanentRedirect", "another region.*AWS_REGION"),
+        ("AccessDenied", "refused the credentials .*may list, read, write and delete"),
+    ],
+)
+def test_advice_names_what_the_server_refused(aws: pytest.MonkeyPatch, answer: str, found: str) -> None:
+    handler = type("Handler", (Refuses,), {"answer": answer})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        with pytest.raises(StoreError, match=found):
+            Store("s3://bucket/x").check()
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("endpoint", ["minio:9000", "minio.example:9000", "http//minio", "://x"])
+def test_an_endpoint_that_is_no_url_is_refused_in_words(aws: pytest.MonkeyPatch, endpoint: str) -> None:
+    aws.setenv("AWS_ENDPOINT_URL", endpoint)
+    files._filesystem.cache_clear()
+    store = Store("s3://bucket/x")
+    for attempt in (store.check, lambda: store.record(REF), lambda: store.write_text("a", "b")):
+        with pytest.raises(StoreError, match=r"not the URL of a server.*http://host:port"):
+            attempt()
+    files._filesystem.cache_clear()
+
+
+def test_advice_names_the_proxy(aws: pytest.MonkeyPatch) -> None:
+    aws.setenv("AWS_ENDPOINT_URL", "http://minio.example:9000")
+    aws.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match=r"does not answer.*through http_proxy.*no_proxy"):
+        Store("s3://bucket/x").check()
+
+
+def test_a_certificate_that_nobody_vouches_for_is_said() -> None:
+    from botocore.exceptions import SSLError
+
+    error = SSLError(endpoint_url="https://127.0.0.1", error="self-signed certificate")
+    assert "certificate" in s3.explain(error)[0] and "AWS_CA_BUNDLE" in s3.explain(error)[1]
+
+
+def test_users_of_one_machine_share_scratch_but_not_its_locks(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}", scratch=str(tmp_path))
+    build(store)
+    mine = store.lock_path(REF.key)
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    theirs = store.lock_path(REF.key)
+    assert mine.parent != theirs.parent and mine.is_relative_to(tmp_path)
+    assert store.fetch(REF)
+
+
+def test_a_lock_that_cannot_be_made_is_said(s3_server: S3Server, tmp_path: Path) -> None:
+    store = Store(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}", scratch=str(tmp_path))
+    build(store)
+    store.lock_path(REF.key).mkdir()
+    with pytest.raises(StoreError, match="Choose a directory that this user may create and write"):
+        store.fetch(REF)
+
+
 def test_root_below_a_regular_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = Store(str(tmp_path / "file" / "store"))
@@ -435,8 +534,7 @@ def test_device_without_space_leaves_the_old_file(tmp_path: Path) -> None:
 FULL_DISK = """
 import subprocess, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[4])
-from conftest import serve_s3
+from benchmarks.s3_server import serve_s3
 import os, test_store
 from sparsekd_ray.errors import StoreError
 from sparsekd_ray.store import Ref, Store
@@ -486,9 +584,9 @@ def test_full_disk_in_mid_write(where: str, tmp_path: Path) -> None:
         where,
         tmp_path / "disk",
         tmp_path / "scratch",
-        Path(__file__).parents[1],
     ]
-    process = subprocess.run([*alone, *arguments], capture_output=True, text=True)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.run([*alone, *arguments], env=paths, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     message, intact = process.stdout.splitlines()
     found = "disk is full" if where == "server" else "no space left on device"
