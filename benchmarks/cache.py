@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import synthetic
 from benchmarks.gradient import Chunks, Gradient, angles, kl_gradient, samples
+from sparsekd_ray.model import head
 from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.forward import Forward, joined_signals, tokens
@@ -153,11 +154,11 @@ def _model_gradient(model: Any, chunks_bL: Sequence[torch.Tensor], temperature: 
     """To all weights of a student that reads the same chunks of tokens."""
 
     def student(index: int) -> torch.Tensor:
-        hidden_bLD = model.base_model(input_ids=chunks_bL[index], use_cache=False).last_hidden_state
+        hidden_bLD = head.hidden_states(model, chunks_bL[index])
         return hidden_bLD[:, :-1].flatten(0, 1)
 
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return kl_gradient(student, model.get_output_embeddings().weight, weights, temperature)
+    return kl_gradient(student, head.weight(model), weights, temperature)
 
 
 def read_speed(sequences: int, repeats: int, folder: Path) -> dict[str, float]:

@@ -62,7 +62,7 @@ def whole(logits_nV: torch.Tensor, temperature: float) -> Target:
 
 def kl_gradient(
     student: Callable[[int], torch.Tensor],
-    head_VD: torch.nn.Parameter,
+    head_VD: torch.Tensor,
     weights: list[Any],
     temperature: float,
 ) -> Gradient:

@@ -20,6 +20,7 @@ from benchmarks.trained import open_store
 from sparsekd_ray import corpus
 from sparsekd_ray.distill import schedule
 from sparsekd_ray.distill.loss import kd_loss
+from sparsekd_ray.model import head
 from sparsekd_ray.model.head import ROWS_PER_CHUNK
 from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.teacher import shards, threshold
@@ -93,8 +94,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step, steps, LR, WARMUP)
         wanted = [row for _, row in schedule.batch_at(step, BATCH, (len(ids_BL),), seed)]
-        hidden_BLD = student.base_model(input_ids=ids_BL[wanted], use_cache=False).last_hidden_state[:, :-1]
-        hidden_ND, head_VD = hidden_BLD.flatten(0, 1), student.get_output_embeddings().weight
+        hidden_BLD = head.hidden_states(student, ids_BL[wanted])[:, :-1]
+        hidden_ND, head_VD = hidden_BLD.flatten(0, 1), head.weight(student)
         labels_N = ids_BL[wanted][:, 1:].flatten()
         weight = 1 / len(labels_N)
         loss, _, _ = kd_loss(

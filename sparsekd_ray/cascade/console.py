@@ -43,7 +43,7 @@ def figure(kind: str, record: dict[str, Any]) -> str:
         case "distill":
             return f"validation PPL {metrics['valid_ppl']:.2f} ({metrics['stopped']})"
         case "evaluate":
-            return f"PPL {metrics['sliding']['ppl']:.2f}"
+            return f"PPL {metrics['paper']['ppl']:.2f}"
     forms = [name for name, found in metrics.items() if "params" in found]
     return f"{metrics[forms[0]]['params']:,} parameters; {' and '.join(forms)}"
 

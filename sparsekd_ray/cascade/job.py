@@ -117,7 +117,7 @@ def _best_export(steps: list[Step], records: dict[str, dict[str, Any]]) -> Step:
     smallest = max(step.identity["sparsity"] for step in exports)
     return min(
         (step for step in exports if step.identity["sparsity"] == smallest),
-        key=lambda step: records[step.inputs["figures"]]["metrics"]["sliding"]["ppl"],
+        key=lambda step: records[step.inputs["figures"]]["metrics"]["paper"]["ppl"],
     )
 
 

@@ -109,17 +109,22 @@ def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> 
 
 
 def _evaluate(step: Step, inputs: dict[str, Path], out: Path, gpu: bool) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
     from sparsekd_ray import corpus
-    from sparsekd_ray.evaluate.perplexity import evaluate
+    from sparsekd_ray.evaluate.protocols import HeldOut, evaluate
     from sparsekd_ray.model import loading
 
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     model = loading.load(inputs["model"], dtype=dtype, device=device)
-    figures = {"dtype": dtype} | evaluate(
-        model, corpus.domain_streams(inputs["texts"], "test"), step.settings.window
-    )
+    texts = {
+        domain: HeldOut(rows, corpus.read_test_text(inputs["texts"], domain))
+        for domain, rows in corpus.domain_streams(inputs["texts"], "test").items()
+    }
+    tokenizer = AutoTokenizer.from_pretrained(inputs["texts"] / "tokenizer")
+    figures = evaluate(model, tokenizer, texts, step.settings.protocols)
     (out / "perplexity.json").write_text(json.dumps(figures, indent=1, sort_keys=True))
-    return figures
+    return dict(figures)
 
 
 def _metrics(store: Store, ref: Ref) -> dict[str, Any]:

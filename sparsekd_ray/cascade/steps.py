@@ -25,7 +25,7 @@ VERSIONS = {
     "statistics": 1,
     "prune": 2,
     "distill": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "export": 1,
 }
 

@@ -106,7 +106,7 @@ def rows(
     """One row per method and sparsity; `made`: by every name in the plan, its step and record."""
 
     def figures(model: str) -> dict[str, Any]:
-        return made[f"evaluate {model}"][1]["metrics"]["sliding"]
+        return made[f"evaluate {model}"][1]["metrics"]["paper"]
 
     table = [_row("dense", "–", 0.0, [figures("dense")]) | _sizes(made["dense"][1]["metrics"])]
     for sparsity in sparsities:
@@ -132,11 +132,11 @@ def protocol(config: Config, records: Mapping[str, dict[str, Any]], draws: Seque
     """How the figures were measured, in words."""
     found = records["evaluate dense"]["metrics"]
     return (
-        f"Perplexity per token on held-out documents, windows of {found['window']} tokens with stride "
-        f"{found['stride']}, every prediction counted, {found['dtype']}. Statistics of {config.calibrate.samples} "
-        f"training sequences, {len(draws)} draw{'s' if len(draws) > 1 else ''} of them. Distillation, where done: of "
-        f"the first draw, seed {config.cascade.seeds[0]}, {config.distill.epochs:g} × {config.corpus.samples} "
-        f"sequences of {config.corpus.seq_len}, learning rate {config.distill.lr:g}."
+        f"Protocol `paper`: {found['paper']['sentence']}; computed in {found['dtype']}. "
+        f"Statistics of {config.calibrate.samples} training sequences, {len(draws)} "
+        f"draw{'s' if len(draws) > 1 else ''} of them. Distillation, where done: of the first draw, "
+        f"seed {config.cascade.seeds[0]}, {config.distill.epochs:g} × {config.corpus.samples} sequences of "
+        f"{config.corpus.seq_len}, learning rate {config.distill.lr:g}."
     )
 
 

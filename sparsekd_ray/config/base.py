@@ -11,6 +11,7 @@ Positive = Annotated[int, Field(ge=1)]
 TeacherPolicy = Literal["dense", "dense+kd", "previous"]
 Method = Literal["svd", "svd-whitened", "neurons", "sdm", "depth", "wanda", "magnitude"]
 Allocation = Literal["uniform", "tiered", "energy", "optimal"]
+ProtocolName = Literal["paper", "gptq", "words"]
 Control = Literal["dense+kd", "ce-only", "kl-only"]
 
 

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sparsekd_ray.config.base import Allocation, Control, Fraction, Method, Positive, Settings, TeacherPolicy
+from sparsekd_ray.config.base import (
+    Allocation,
+    Control,
+    Fraction,
+    Method,
+    Positive,
+    ProtocolName,
+    Settings,
+    TeacherPolicy,
+)
 
 
 class Teacher(Settings):
@@ -144,7 +153,19 @@ class Cascade(Settings):
 
 
 class Evaluate(Settings):
-    """Perplexity by the paper's protocol: overlapping windows, every token of every window."""
+    """Perplexity on the held-out text."""
 
-    window: int = Field(512, ge=2, multiple_of=2)
-    """Tokens per window (cut to the model's context); windows overlap by half."""
+    protocols: tuple[ProtocolName, ...] = ("paper", "gptq", "words")
+    """`paper`: windows of 512 tokens, stride 256, every prediction counted (SparseKD); `gptq`: the raw text in
+    windows of 2,048 that do not overlap (GPTQ, SparseGPT, Wanda); `words`: word perplexity as lm-eval counts it.
+    Windows are cut to the model's context, and every figure says so. Students are compared by `paper`, which is
+    always measured."""
+
+    @model_validator(mode="after")
+    def _paper_first(self) -> Evaluate:
+        if "paper" not in self.protocols or len(set(self.protocols)) != len(self.protocols):
+            raise ValueError(
+                f"evaluate.protocols is {self.protocols}: name each protocol once, and paper among them, by which "
+                "students are compared"
+            )
+        return self

@@ -31,8 +31,8 @@ from sparsekd_ray.distill import schedule
 from sparsekd_ray.distill.loss import kd_loss
 from sparsekd_ray.distill.reader import SampleReader
 from sparsekd_ray.errors import IntegrityError, ModelError
-from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, window_starts
-from sparsekd_ray.model import loading, masks, saving
+from sparsekd_ray.evaluate.perplexity import perplexity, window_nll, windows
+from sparsekd_ray.model import head, loading, masks, saving
 from sparsekd_ray.runtime import collectives
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.store.checkpoints import Checkpoints, tag
@@ -85,10 +85,10 @@ class Student(nn.Module):
         self, input_ids_BL: torch.Tensor, labels_N: torch.Tensor, target: Target, positions: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss to differentiate, Σ KL and Σ CE; `positions` is the number of predictions of the whole step."""
-        hidden_BLD = self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state[:, :-1]
+        hidden_BLD = head.hidden_states(self.model, input_ids_BL)[:, :-1]
         return kd_loss(
             hidden_BLD.flatten(0, 1),
-            self.model.get_output_embeddings().weight,
+            head.weight(self.model),
             labels_N,
             target,
             temperature=self.settings.temperature,
@@ -235,13 +235,13 @@ def _validate(model: Any, streams: dict[str, Any], seq_len: int) -> dict[str, An
     model.eval()
     sums = torch.zeros(len(streams), 2, dtype=torch.float64)
     for row, stream in enumerate(streams.values()):
-        mine = window_starts(len(stream), seq_len, seq_len)[rank::world]
-        for nll, count in window_nll(model, stream, mine, seq_len):
-            sums[row] += torch.tensor([nll, count], dtype=torch.float64)
+        share = windows(stream, seq_len, seq_len)[rank::world]
+        scored = sum(window.scored for window in share)
+        sums[row] = torch.tensor([math.fsum(window_nll(model, share)), scored], dtype=torch.float64)
     model.train()
-    parts = [(nll, int(count)) for nll, count in collectives.total(sums).tolist()]
-    domains = {domain: perplexity([part]) for domain, part in zip(streams, parts, strict=True)}
-    return {"valid_ppl": perplexity(parts), "valid_domains": domains}
+    nll, counts = collectives.total(sums).T.tolist()
+    domains = {d: perplexity([part], n) for d, part, n in zip(streams, nll, counts, strict=True)}
+    return {"valid_ppl": perplexity(nll, sum(counts)), "valid_domains": domains}
 
 
 def _save(engine: Any, kept: Checkpoints, progress: Progress, best: dict[str, torch.Tensor]) -> None:

@@ -1,19 +1,13 @@
-"""Perplexity by two protocols, over all text and per domain.
+"""Negative log-likelihoods of windows of tokens, and the perplexity that they give.
 
-"sliding" is SparseKD's: windows of w tokens, stride w/2, the mean over all w − 1 predictions of every window, so most
-tokens count twice, once with little context and once with more. "disjoint" takes windows of w that do not overlap.
-The second's windows are every other one of the first's, so one pass gives both. Only whole windows count, unless a
-domain's text is shorter than one. (lm-eval's `wikitext` reports word perplexity, a different quantity.)
-
-Shapes: B windows, L tokens per window, D hidden size, V vocabulary, N positions.
+Shapes: B windows of one length, L predictions per window, N = B · L, n rows of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,73 +15,64 @@ import torch.nn.functional as F
 
 from sparsekd_ray.model import head
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-WINDOWS_PER_BATCH = 16
+TOKENS_PER_BATCH = 8192
 
 
-def protocol(window: int, context: int) -> tuple[int, int]:
-    """(window, stride) in tokens: the paper's, cut to the model's context; the window is even."""
-    size = min(window, context) // 2 * 2
-    return size, size // 2
+class Window(NamedTuple):
+    """Tokens in a row, of which the last `scored` are judged, each given all that stand before it in the window."""
+
+    tokens: np.ndarray
+    scored: int
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """First token of every window over `length` tokens; one short window where the text is shorter than that."""
+    """First token of every whole window over `length` tokens; [0], a short window, where the text is shorter."""
     return list(range(0, length - window + 1, stride)) or [0]
 
 
+def windows(stream: np.ndarray, window: int, stride: int) -> list[Window]:
+    """The windows of a stream, judged by every token but their first."""
+    parts = (stream[start : start + window] for start in window_starts(len(stream), window, stride))
+    return [Window(tokens, len(tokens) - 1) for tokens in parts]
+
+
 @torch.no_grad()
-def window_nll(model: Any, stream: np.ndarray, starts: list[int], window: int) -> list[tuple[float, int]]:
-    """(summed negative log-likelihood in nats, number of predictions) of each window of `stream`."""
-    found: list[tuple[float, int]] = []
-    for first in range(0, len(starts), WINDOWS_PER_BATCH):
-        rows = [stream[s : s + window] for s in starts[first : first + WINDOWS_PER_BATCH]]
-        input_ids_BL = torch.from_numpy(np.stack(rows)).long().to(model.device)
-        nll_BL = token_nll(model, input_ids_BL)
-        found += [(total, nll_BL.shape[1]) for total in nll_BL.double().sum(-1).tolist()]
-    return found
+def window_nll(model: PreTrainedModel, given: Sequence[Window]) -> list[float]:
+    """Negative log-likelihood in nats of each window's scored tokens, in order; equally long windows run together."""
+    totals = [0.0] * len(given)
+    for places in _batches([len(window.tokens) for window in given]):
+        tokens_BL = torch.from_numpy(np.stack([given[place].tokens for place in places])).long()
+        nll_BL = token_nll(model, tokens_BL.to(model.device)).double()
+        for place, nll_L in zip(places, nll_BL, strict=True):
+            totals[place] = nll_L[len(nll_L) - given[place].scored :].sum().item()
+    return totals
 
 
-def token_nll(model: Any, input_ids_BL: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of every token but the first [B, L − 1], logits a chunk of positions at a time."""
-    hidden_BLD = model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state[:, :-1]
-    hidden_ND, labels_N = hidden_BLD.flatten(0, 1), input_ids_BL[:, 1:].flatten()
-    logits = head.chunks(hidden_ND, head.weight(model))
-    nll = [
-        F.cross_entropy(logits_nV, labels_n, reduction="none")
-        for logits_nV, labels_n in zip(logits, labels_N.split(head.ROWS_PER_CHUNK), strict=True)
-    ]
+def _batches(lengths: Sequence[int]) -> Iterable[list[int]]:
+    """Places of windows that run together: one length, about `TOKENS_PER_BATCH` tokens."""
+    by_length: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(place)
+    for length, places in by_length.items():
+        size = max(1, TOKENS_PER_BATCH // length)
+        yield from (places[first : first + size] for first in range(0, len(places), size))
+
+
+def token_nll(model: PreTrainedModel, tokens_BL: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood [B, L] of every token but the first of each window [B, L + 1].
+
+    The last token is not given to the model: it is only predicted, so a window may be one longer than the context.
+    """
+    hidden_BLD = head.hidden_states(model, tokens_BL[:, :-1])
+    logits = head.chunks(hidden_BLD.flatten(0, 1), head.weight(model))
+    labels = tokens_BL[:, 1:].flatten().split(head.ROWS_PER_CHUNK)
+    nll = [F.cross_entropy(x_nV, y_n, reduction="none") for x_nV, y_n in zip(logits, labels, strict=True)]
     return torch.cat(nll).view(hidden_BLD.shape[:2])
 
 
-def perplexity(parts: list[tuple[float, int]]) -> float:
-    total, tokens = math.fsum(nll for nll, _ in parts), sum(count for _, count in parts)
-    return math.exp(min(total / tokens, 700.0))  # a diverged model's figure stays a finite number
-
-
-def evaluate(model: Any, streams: Mapping[str, np.ndarray], window: int) -> dict[str, Any]:
-    """Perplexities of `model` on each domain's token stream and on all of them together, by both protocols."""
-    size, stride = protocol(window, model.config.max_position_embeddings)
-    sliding: dict[str, list[tuple[float, int]]] = {}
-    disjoint: dict[str, list[tuple[float, int]]] = {}
-    model.eval()
-    for domain, stream in streams.items():
-        starts = window_starts(len(stream), size, stride)
-        sliding[domain] = window_nll(model, stream, starts, size)
-        disjoint[domain] = [
-            part for start, part in zip(starts, sliding[domain], strict=True) if start % size == 0
-        ]
-        logger.info(f"{domain}: perplexity {perplexity(sliding[domain]):.2f}")
-    return {"window": size, "stride": stride, "sliding": _summary(sliding), "disjoint": _summary(disjoint)}
-
-
-def _summary(by_domain: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
-    everything = [part for parts in by_domain.values() for part in parts]
-    return _figures(everything) | {
-        "domains": {domain: _figures(parts) for domain, parts in by_domain.items()}
-    }
-
-
-def _figures(parts: list[tuple[float, int]]) -> dict[str, Any]:
-    return {"ppl": perplexity(parts), "tokens": sum(count for _, count in parts)}
+def perplexity(nll: Iterable[float], count: int) -> float:
+    """exp of the mean over `count` predictions (or words)."""
+    return math.exp(min(math.fsum(nll) / count, 700.0))  # a diverged model's figure stays a finite number

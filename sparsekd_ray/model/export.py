@@ -165,16 +165,13 @@ def _perplexity_table(figures: Mapping[str, Any] | None, dense: Mapping[str, Any
     """Held-out perplexity by protocol and domain, beside the dense model's; nothing without figures."""
     if not figures:
         return ""
-    window, stride = figures["window"], figures["stride"]
-    words = {
-        "sliding": f"windows of {window} tokens, stride {stride}, every token of every window",
-        "disjoint": f"windows of {window} tokens that do not overlap",
-    }
     rows = ["| protocol | text | tokens | this model | dense |", "|---|---|--:|--:|--:|"]
-    for protocol, meaning in words.items():
+    names = [name for name in ("paper", "gptq", "words") if name in figures]
+    for protocol in names:
         texts = {"all": figures[protocol], **figures[protocol]["domains"]}
-        known = {"all": dense[protocol], **dense[protocol]["domains"]} if dense else {}
+        known = {"all": dense[protocol], **dense[protocol]["domains"]} if dense and protocol in dense else {}
         for text, found in texts.items():
             reference = f"{known[text]['ppl']:.2f}" if text in known else "–"
-            rows.append(f"| {meaning} | {text} | {found['tokens']:,} | {found['ppl']:.2f} | {reference} |")
-    return "## Perplexity on held-out text\n\n" + "\n".join(rows)
+            rows.append(f"| `{protocol}` | {text} | {found['tokens']:,} | {found['ppl']:.2f} | {reference} |")
+    meanings = [f"- `{name}`: {figures[name]['sentence']}." for name in names]
+    return "\n\n".join(["## Perplexity on held-out text", "\n".join(rows), "\n".join(meanings)])

@@ -24,6 +24,15 @@ ROWS_PER_CHUNK = 512
 since the last bits of a product depend on it."""
 
 
+def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor) -> Tensor:
+    """What the head is applied to [B, L, D], whatever the model's config would have its forward pass return."""
+    found = model.base_model(
+        input_ids=input_ids_BL, use_cache=False, return_dict=True, output_attentions=False
+    )
+    hidden_BLD: Tensor = found.last_hidden_state
+    return hidden_BLD
+
+
 def weight(model: PreTrainedModel) -> Tensor:
     """The head's weight [V, D]; that of the embedding where the two are tied."""
     head_VD: Tensor = model.get_output_embeddings().weight

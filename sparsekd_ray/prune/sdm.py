@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sparsekd_ray.distill.loss import kd_loss
 from sparsekd_ray.errors import ModelError
+from sparsekd_ray.model import head
 from sparsekd_ray.model.mlp import MLP, layer_count, mlp_of, mlp_weights, require_finite, view, with_width
 from sparsekd_ray.prune.neurons import keep
 from sparsekd_ray.teacher.signal import Target
@@ -77,7 +78,7 @@ def importance(model: PreTrainedModel, samples: Samples, loss: Loss) -> list[tor
     with _gradients_taken(model, scores), torch.enable_grad():
         for index, ids_L in enumerate(samples):
             ids_1L = ids_L[None].to(model.device)
-            loss(model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state, index).backward()
+            loss(head.hidden_states(model, ids_1L), index).backward()
     for layer, score_I in enumerate(scores):
         require_finite(f"the importance of model.layers.{layer}.mlp (its gradients)", score_I)
     return scores
@@ -129,10 +130,10 @@ def contribution(mlp: MLP, gradient: MLP) -> torch.Tensor:
 
 def _loss(model: PreTrainedModel, samples: Samples, targets: Sequence[Target], alpha: float) -> Loss:
     """(1 − α) · CE + α · KL, each the mean over the sample's predictions."""
-    head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[union-attr, assignment]
+    head_VD = head.weight(model)
 
     def loss(hidden_1LD: torch.Tensor, index: int) -> torch.Tensor:
-        labels_N, device = samples[index][1:].to(head.device), head.device
+        labels_N, device = samples[index][1:].to(head_VD.device), head_VD.device
         target = Target(*(column.to(device) for column in targets[index]))
         if len(target.tail_N) != len(labels_N):
             raise ModelError(
@@ -141,7 +142,7 @@ def _loss(model: PreTrainedModel, samples: Samples, targets: Sequence[Target], a
             )
         weights = {"kl_weight": alpha / len(labels_N), "ce_weight": (1 - alpha) / len(labels_N)}
         # the target is tempered already; 1 is the student's temperature
-        return kd_loss(hidden_1LD[0, :-1], head, labels_N, target, temperature=1.0, **weights)[0]
+        return kd_loss(hidden_1LD[0, :-1], head_VD, labels_N, target, temperature=1.0, **weights)[0]
 
     return loss
 

@@ -126,7 +126,7 @@ def nll_gradient(hidden_BLD: Tensor, head_VD: Tensor, ids_BL: Tensor) -> Tensor:
 
 
 def _forward_backward(model: Any, ids_BL: Tensor) -> None:
-    hidden_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+    hidden_BLD = head.hidden_states(model, ids_BL)
     hidden_BLD.backward(nll_gradient(hidden_BLD, head.weight(model), ids_BL))
 
 

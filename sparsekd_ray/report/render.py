@@ -34,8 +34,9 @@ rows[] | artifact: store key; lr: learning rate
 rows[] | teacher: dense, dense+kd, previous or null; teacher_ppl: its perplexity
 rows[] | oneshot_ppl: plain SVD of dense to a round's requested size, all matrices alike, untrained
 rows[] | pre_ppl: just after pruning, untrained
-rows[] | ppl: perplexity (test split, sliding windows), mean over seeds; std: its standard deviation, or null
-rows[] | per_seed.*: perplexity by seed; disjoint_ppl: by windows that do not overlap; domains.*: by domain
+rows[] | ppl: perplexity (test split, protocol paper), mean over seeds; std: its standard deviation, or null
+rows[] | per_seed.*: perplexity by seed; domains.*: by domain
+rows[] | gptq_ppl: perplexity by protocol gptq, or null; words_ppl: by protocol words, or null
 rows[] | vs_dense: ppl / dense ppl - 1; recovered: (pre - post) / (pre - dense), null for dense and controls
 rows[] | trained_tokens: since dense, cumulative over rounds; stopped: by budget, minimum or saturation
 rows[] | export: directory that Transformers loads, or null

@@ -40,7 +40,7 @@ class RunIndex:
         self.records = records
         self.steps = {step.name: step for step in steps}
         self.by_input = {(step.kind, step.inputs.get("model")): step for step in steps}
-        self.dense_ppl = records["evaluate dense"]["metrics"]["sliding"]["ppl"]
+        self.dense_ppl = records["evaluate dense"]["metrics"]["paper"]["ppl"]
 
     def metrics(self, name: str) -> dict[str, Any]:
         return self.records[name]["metrics"]
@@ -56,13 +56,19 @@ class RunIndex:
 
 
 def _protocol(figures: dict[str, Any]) -> dict[str, Any]:
-    window, stride = figures["window"], figures["stride"]
-    sentence = (
-        f"Perplexity per token on held-out documents: windows of {window} tokens with stride {stride}, every "
-        f"prediction of every window counted; beside it the same on windows of {window} that do not overlap. Text "
-        f"of one domain is joined by the end-of-text token; computed in {figures['dtype']}."
-    )
-    return {"window": window, "stride": stride, "sentence": sentence}
+    measured = [name for name in ("paper", "gptq", "words") if name in figures]
+    sentences = [f"Protocol {name}: {figures[name]['sentence']}." for name in measured]
+    return {
+        "window": figures["paper"]["window"],
+        "stride": figures["paper"]["stride"],
+        "sentence": " ".join([*sentences, f"Computed in {figures['dtype']}."]),
+    }
+
+
+def _mean(figures: dict[str, dict[str, Any]], protocol: str) -> float | None:
+    """Over seeds; None where the protocol was not measured."""
+    measured = [of_seed[protocol]["ppl"] for of_seed in figures.values() if protocol in of_seed]
+    return fmean(measured) if measured else None
 
 
 def _corpus(config: Config, index: RunIndex) -> dict[str, Any]:
@@ -162,10 +168,10 @@ def _trained_row(
         "artifact": step.ref.key,
     }
     teacher = index.steps[index.steps[step.inputs["cache"]].inputs["teacher"]]
-    row |= {"teacher": "dense", "teacher_ppl": index.figures(teacher.name)["sliding"]["ppl"]}
+    row |= {"teacher": "dense", "teacher_ppl": index.figures(teacher.name)["paper"]["ppl"]}
     if student is None:
         return row | {"sparsity_requested": 0.0}
-    pre = fmean(index.figures(index.steps[n].inputs["student"])["sliding"]["ppl"] for n in names.values())
+    pre = fmean(index.figures(index.steps[n].inputs["student"])["paper"]["ppl"] for n in names.values())
     excess = pre - index.dense_ppl
     export = index.by_input["export", first]
     return row | {
@@ -180,17 +186,18 @@ def _trained_row(
 
 
 def _row(index: RunIndex, title: str, kind: str, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    per_seed = {seed: f["sliding"]["ppl"] for seed, f in figures.items()}
+    per_seed = {seed: f["paper"]["ppl"] for seed, f in figures.items()}
     ppl = fmean(per_seed.values())
-    domains = next(iter(figures.values()))["sliding"]["domains"]
+    domains = next(iter(figures.values()))["paper"]["domains"]
     return {
         "stage": title,
         "kind": kind,
         "ppl": ppl,
         "std": stdev(per_seed.values()) if len(per_seed) > 1 else None,
         "per_seed": {seed: value for seed, value in per_seed.items() if seed},
-        "disjoint_ppl": fmean(f["disjoint"]["ppl"] for f in figures.values()),
-        "domains": {d: fmean(f["sliding"]["domains"][d]["ppl"] for f in figures.values()) for d in domains},
+        "gptq_ppl": _mean(figures, "gptq"),
+        "words_ppl": _mean(figures, "words"),
+        "domains": {d: fmean(f["paper"]["domains"][d]["ppl"] for f in figures.values()) for d in domains},
         "vs_dense": ppl / index.dense_ppl - 1,
         "method": None,
         "teacher": None,
@@ -215,7 +222,7 @@ def _oneshot(index: RunIndex, sparsity: float) -> float:
         and (s.identity["method"], s.identity["sparsity"], s.identity.get("allocation"))
         == ("svd", sparsity, "uniform")
     )
-    return index.figures(step.name)["sliding"]["ppl"]
+    return index.figures(step.name)["paper"]["ppl"]
 
 
 def _trained_tokens(index: RunIndex, name: str) -> int:

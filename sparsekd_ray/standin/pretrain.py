@@ -42,7 +42,7 @@ from transformers import (
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Standin
 from sparsekd_ray.errors import CorpusError, IntegrityError, ModelError
-from sparsekd_ray.evaluate.perplexity import perplexity, token_nll, window_nll
+from sparsekd_ray.evaluate.perplexity import perplexity, token_nll, window_nll, windows
 from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.standin.muon import Muon
 
@@ -313,7 +313,7 @@ def _teller(run: _Run, length: int, settings: Standin) -> Callable[[], None]:
 
 def _metrics(run: _Run, rows_RL: np.ndarray, valid_RL: np.ndarray, settings: Standin) -> dict[str, Any]:
     length = rows_RL.shape[1]
-    starts = list(range(0, valid_RL.size, length))
+    given = windows(valid_RL.reshape(-1), length, length)
     tokens, recent = settings.steps * settings.batch * length, run.losses[-RECENT:]
     return {
         "params": loading.count_parameters(run.model),
@@ -321,7 +321,7 @@ def _metrics(run: _Run, rows_RL: np.ndarray, valid_RL: np.ndarray, settings: Sta
         "tokens": tokens,
         "passes": settings.steps * settings.batch / len(rows_RL),
         "train_loss": math.fsum(recent) / len(recent),
-        "valid_ppl": perplexity(window_nll(run.model.eval(), valid_RL.reshape(-1), starts, length)),
+        "valid_ppl": perplexity(window_nll(run.model.eval(), given), sum(window.scored for window in given)),
         "train_seconds": run.seconds,
         "tokens_per_second": tokens / run.seconds,
     }

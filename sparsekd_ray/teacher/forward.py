@@ -68,7 +68,7 @@ class Forward:
     def logits(self, input_ids_BL: torch.Tensor) -> Iterator[torch.Tensor]:
         """The logits of every position but each sequence's last, `ROWS_PER_CHUNK` positions at a time."""
         ids_BL = input_ids_BL.to(self.model.device)
-        hidden_BLD = self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[:, :-1]
+        hidden_BLD = head.hidden_states(self.model, ids_BL)[:, :-1]
         yield from head.chunks(hidden_BLD.flatten(0, 1), head.weight(self.model))
 
     @torch.inference_mode()

@@ -68,12 +68,13 @@ print("ANSWER", json.dumps(answer))
 """
 
 FIGURES = {
-    "window": 64,
-    "stride": 32,
-    **{
-        p: {"ppl": 12.345, "tokens": 9000, "domains": {"prose": {"ppl": 6.5, "tokens": 9000}}}
-        for p in ("sliding", "disjoint")
-    },
+    p: {
+        "ppl": 12.345,
+        "tokens": 9000,
+        "domains": {"prose": {"ppl": 6.5, "tokens": 9000}},
+        "sentence": f"how {p} is measured",
+    }
+    for p in ("paper", "gptq")
 }
 
 
@@ -188,10 +189,7 @@ def test_card_states_what_the_model_is() -> None:
     )
     assert "low-rank" in front["tags"]
     assert "35.0%" in body and "12,345" in body and "trust_remote_code=True" in body
-    assert (
-        "| windows of 64 tokens, stride 32, every token of every window | prose | 9,000 | 6.50 | 6.50 |"
-        in body
-    )
+    assert "| `paper` | prose | 9,000 | 6.50 | 6.50 |" in body and "- `gptq`: how gptq is measured." in body
     plain = export.model_card({"sparsity": 0.35, "parameters": 1}, "merged")
     assert "base_model" not in plain and "Perplexity" not in plain and "trust_remote_code" not in plain
 

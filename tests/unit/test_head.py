@@ -84,7 +84,7 @@ def test_student_evaluation_statistics_and_teacher_share_their_logits(
     model = dense_model(family, tied=True).to(dtype)
     ids_BL = torch.randint(0, VOCABULARY, (11, 60))  # 649 predictions: one whole chunk and a part of one
     with torch.no_grad():
-        hidden_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        hidden_BLD = head.hidden_states(model, ids_BL)
     labels_N, head_VD = ids_BL[:, 1:].flatten(), head.weight(model).detach()
     target = target_at(torch.randn(len(labels_N), VOCABULARY), k=4)
 
@@ -96,6 +96,7 @@ def test_student_evaluation_statistics_and_teacher_share_their_logits(
         return made[-1].clone()  # the loss uses up the memory
 
     monkeypatch.setattr(head, "logits", spy)
+    monkeypatch.setattr(head, "hidden_states", lambda _, ids: hidden_BLD[:, : ids.shape[1]])
     callers = {
         "student": lambda: kd_loss(
             hidden_BLD[:, :-1].flatten(0, 1),
@@ -108,7 +109,7 @@ def test_student_evaluation_statistics_and_teacher_share_their_logits(
         ),
         "evaluation": lambda: token_nll(model, ids_BL),
         "statistics": lambda: nll_gradient(hidden_BLD, head_VD, ids_BL),
-        "teacher": lambda: list(Forward(model, {}).logits(ids_BL)),
+        "teacher": lambda: list(Forward(model).logits(ids_BL)),
     }
     found: dict[str, torch.Tensor] = {}
     for name, call in callers.items():
@@ -125,3 +126,11 @@ def test_student_evaluation_statistics_and_teacher_share_their_logits(
 def test_a_chunk_is_the_product_in_the_weights_own_precision():
     hidden_ND, head_VD = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
     assert torch.equal(next(head.chunks(hidden_ND, head_VD)), hidden_ND @ head_VD.T)
+
+
+@pytest.mark.parametrize("flag", ["output_attentions", "output_hidden_states", "return_dict"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flags_in_a_config_do_not_change_what_the_head_is_given(family: str, flag: str) -> None:
+    ids_BL = torch.arange(20)[None]
+    model, plain = (dense_model(family, True, **flags) for flags in ({flag: flag != "return_dict"}, {}))
+    assert torch.allclose(head.hidden_states(model, ids_BL), head.hidden_states(plain, ids_BL), atol=1e-6)

@@ -42,7 +42,8 @@ def metrics(step):
             untrained = "one-shot" in model or "pruned" in model
             ppl = DENSE if model == "dense" else COLLAPSED if untrained else 31.0 + int(model[-1])
             found = {"ppl": ppl, "tokens": 10, "domains": {"code": {"ppl": ppl + 1, "tokens": 10}}}
-            return {"dtype": "float32", "window": 128, "stride": 64, "sliding": found, "disjoint": found}
+            paper = found | {"window": 128, "stride": 64, "sentence": "as the paper does"}
+            return {"dtype": "float32", "paper": paper, "gptq": paper | {"sentence": "as GPTQ does"}}
         case "distill":
             point = {
                 "step": 0,
