@@ -1,13 +1,21 @@
-"""Saving a model directory that proves itself: it is read back and compared before anybody relies on it."""
+"""Saving a model directory that proves itself: it is read back and compared before anybody relies on it.
 
+A directory carries what readers of other versions look for: the tokenizer in the form that all of them resolve alike
+(`tokenizer.py`), the rotary settings under the names of transformers 4 as well as 5, and the dense model's name and
+licence (`origin.py`).
+"""
+
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading, low_rank, spec
+from sparsekd_ray.model import loading, low_rank, origin, spec, tokenizer
 
 
 def logits_difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
@@ -18,27 +26,66 @@ def logits_difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
     return float((first - second).abs().max() / first.abs().max().clamp(min=1))
 
 
-def save(model: PreTrainedModel, tokenizer_dir: Path, out: Path, card: str) -> None:
+def save(model: PreTrainedModel, source: Path, out: Path, card: str) -> None:
     """Write a complete model directory and prove it: reloaded weights equal bit by bit, logits to 1e-6.
 
-    Leaves the model in eval mode. Raises ModelError if there is no tokenizer or the proof fails.
+    source: the directory whose tokenizer, dense model's name and licence are passed on.
+    Leaves the model in eval mode. Raises ModelError if there is no tokenizer, if transformers refuses to write the
+    model, or if the proof fails.
     """
     out.mkdir(parents=True, exist_ok=True)
-    files = [file for name in spec.TOKENIZER_FILES if (file := Path(tokenizer_dir) / name).exists()]
-    if not files:
+    tokenizer.save(source, out)
+    origin.pass_on(source, out)
+    try:
+        model.save_pretrained(out, max_shard_size="5GB")
+    except (ValueError, StrictDataclassError) as error:
         raise ModelError(
-            f"{tokenizer_dir} has no tokenizer: expected one of {', '.join(spec.TOKENIZER_FILES)}"
-        )
-    for file in files:
-        shutil.copyfile(file, out / file.name)
-    model.save_pretrained(out, max_shard_size="5GB")
-    (out / "README.md").write_text(card)
+            f"transformers refuses to write {out}: {error}. Correct the config.json or generation_config.json of the "
+            "dense model"
+        ) from error
+    _write_older_names(out / "config.json")
+    (out / "README.md").write_text(card, encoding="utf-8")
     if spec.is_low_rank(model):
         shutil.copyfile(low_rank.__file__, out / f"{loading.MODELLING_CODE}.py")
+    _prove(model, out)
+
+
+def _prove(model: PreTrainedModel, out: Path) -> None:
+    """ModelError unless the directory gives back the model."""
     reloaded = loading.load(out, dtype=model.dtype)
-    meant, found = model.state_dict(), reloaded.state_dict()
-    changed = [name for name in meant if not torch.equal(meant[name].cpu(), found[name])]
+    expected, read = model.state_dict(), reloaded.state_dict()
+    changed = [name for name in expected if not torch.equal(expected[name].cpu(), read[name])]
     allowed = 1e-6 if model.device.type == "cpu" else 0.05  # a GPU sums in another order
     if changed or (difference := logits_difference(model, reloaded)) > allowed:
         what = f"changed {', '.join(changed)}" if changed else f"logits differ by {difference:.1e}"
         raise ModelError(f"{out} did not reload as it was saved: {what}")
+
+
+def _write_older_names(path: Path) -> None:
+    """Add to a config.json what tools of transformers 4's time read."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values |= older_rope(values)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def older_rope(values: Mapping[str, object]) -> dict[str, object]:
+    """The rotary settings of a config under the names of transformers 4; empty for a config without any.
+
+    Transformers 5 keeps them in `rope_parameters` alone; 4 does not read this and falls back to its defaults without
+    a warning. A reader of version 5 takes either form.
+    """
+    parameters = values.get("rope_parameters")
+    if not isinstance(parameters, Mapping) or "rope_theta" not in parameters:
+        return {}
+    rest = dict(parameters)
+    older: dict[str, object] = {"rope_theta": rest.pop("rope_theta"), "rope_scaling": None}
+    if "partial_rotary_factor" in rest:
+        older["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
+    rest.pop("type", None)
+    kind = rest.pop("rope_type", "default")
+    if kind == "default":
+        return older
+    if "original_max_position_embeddings" in values:  # Phi-3's place; its class refuses a fourth field
+        rest.pop("original_max_position_embeddings", None)
+    name = "type" if kind == "longrope" else "rope_type"  # Phi-3's name and everybody else's
+    return older | {"rope_scaling": {name: kind, **rest}}
