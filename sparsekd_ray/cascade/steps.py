@@ -14,19 +14,20 @@ from typing import Any
 
 from sparsekd_ray.config import Config, Corpus, Distill, Prune, Settings, Source, Standin
 from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.model import hub
 from sparsekd_ray.store import Ref
 
 # raised when a stage's code changes what it computes, so that older artifacts are not taken for new ones
 VERSIONS = {
     "tokenizer": 1,
     "corpus": 2,
-    "dense": 1,
+    "dense": 2,
     "cache": 2,
     "statistics": 1,
     "prune": 2,
     "distill": 1,
     "evaluate": 2,
-    "export": 1,
+    "export": 2,
 }
 
 
@@ -108,8 +109,7 @@ def dense(builder: PlanBuilder, identify: Identify, model_identity: Mapping[str,
     """The steps up to the dense model, the corpus and the dense model's figures."""
     config = builder.config
     if config.model.standin is None:
-        label = str(config.model.path).rstrip("/").split("/")[-1][:48]
-        builder.add("dense", "dense", label, dict(model_identity), {}, config.model)
+        builder.add("dense", "dense", hub.label(config.model), dict(model_identity), {}, config.model)
         _corpus(builder, identify, "dense")
     else:
         _standin(builder, config, config.model.standin, identify)

@@ -11,13 +11,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,17 +27,16 @@ from sparsekd_ray.corpus.sources import documents, test_source
 from sparsekd_ray.corpus.splits import SPLITS, digest, quotas, with_split
 from sparsekd_ray.corpus.test_text import Document, write_test_text
 from sparsekd_ray.errors import CorpusError, ModelError
+from sparsekd_ray.model import tokenizer as model_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
 PASSAGE = 0.25  # of a held-out split's rows, from one document
 BATCH = 64  # documents tokenised together
 SAY_SECONDS = 5.0
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
-)
-
 Encode = Callable[[list[str]], list[np.ndarray]]
 
 
@@ -104,7 +102,7 @@ def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int) -> dict[
         write_shards(table, out / split, corpus.shard_rows)
     for name, packers in packed.items():
         write_test_text(out, name, (Document((text,), text) for text in packers["test"].texts))
-    _copy_tokenizer(tokenizer_dir, out / "tokenizer")
+    model_tokenizer.save(tokenizer_dir, out / "tokenizer")
     manifest = _manifest(corpus, tokenizer, packed)
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -196,12 +194,8 @@ def _teller(name: str, packers: dict[str, Packer]) -> Callable[[], None]:
     return tell
 
 
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    if not tokenizer.is_fast:
-        raise ModelError(f"{directory}: found a slow tokenizer; a fast one is needed (tokenizer.json)")
+def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    tokenizer = model_tokenizer.load(directory)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{directory}: the tokenizer has no end-of-text token to separate documents with")
     return tokenizer
@@ -218,13 +212,6 @@ def _encoder(tokenizer: Any) -> Encode:
         return [np.array(ids + end, dtype=np.int32) for ids in tokens["input_ids"]]
 
     return encode
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _manifest(corpus: Corpus, tokenizer: Any, packed: dict[str, dict[str, Packer]]) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
+import tempfile
+import unicodedata
 from pathlib import Path
-from typing import Any
 
 from sparsekd_ray.config import Model, Shape
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading, spec
+from sparsekd_ray.model import loading, origin, spec, tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -22,26 +24,45 @@ SHAPE_KEYS = {
     "kv_heads": "num_key_value_heads",
     "vocab": "vocab_size",
 }
+CONFIG_FILES = ("config.json", "generation_config.json")
+SMALL_FILES = (*CONFIG_FILES, *tokenizer.FILES, origin.CARD, *origin.LICENSE_PATTERNS)  # downloaded first
+WEIGHT_PATTERNS = ("model*.safetensors*",)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def local_directory(model: Model) -> Path | None:
-    """The directory `model.path` names; None for a hub id. Raises ModelError for a path that is not there."""
+    """The directory `model.path` names; None for a hub id. Raises ModelError for what can be neither."""
     path = Path(str(model.path)).expanduser()
-    if path.is_dir():
-        return path
-    if str(model.path).startswith(("/", "./", "../", "~")) or str(model.path).count("/") > 1:
-        raise ModelError(
-            f"model.path {model.path!r} is no directory: give a Hugging Face directory or a hub id"
-        )
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:
+        raise ModelError(f"model.path {model.path!r} cannot be looked at: {error}") from error
+    if path.is_absolute() or str(model.path).startswith(".") or not HUB_ID.fullmatch(str(model.path)):
+        what = "a file" if path.is_file() else "no directory"
+        raise ModelError(f"model.path {model.path!r} is {what}: give a Hugging Face directory or a hub id")
     return None
 
 
-def identify(model: Model) -> dict[str, Any]:
-    """The weights' identity: digests of a local directory's files, or a hub id with its revision."""
+def label(model: Model) -> str:
+    """A short name for the model's artifacts, made of the last part of `model.path`: letters, digits and ``_ . -``."""
+    path = Path(str(model.path)).expanduser()
+    name = path.resolve().name if path.is_dir() else path.name
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", ascii_name).strip("-._")[:48].rstrip("-._") or "model"
+
+
+def identify(model: Model) -> dict[str, object]:
+    """What makes the weights and their reading: digests of a local directory's files, or a hub id with its revision.
+
+    Cards and licences bear on no number and are left out. Raises ModelError for a directory that cannot become a
+    dense model: unsupported, incomplete, or under a licence that forbids students.
+    """
     directory = local_directory(model)
     if directory is None:
         return {"hub": model.path, "revision": model.revision}
     spec.check_supported(directory)
+    origin.check_license(directory, origin.read(directory))
     return {"files": {path.name: _sha256(path) for path in _files(directory)}}
 
 
@@ -58,7 +79,7 @@ def mlp_shapes(model: Model) -> dict[str, tuple[int, int]]:
     return spec.shapes_from_config(config_of(model.shape)) if model.shape else {}
 
 
-def config_of(shape: Shape) -> dict[str, Any]:
+def config_of(shape: Shape) -> dict[str, object]:
     """The fields of a config.json that `shape` states."""
     values = {theirs: getattr(shape, ours) for ours, theirs in SHAPE_KEYS.items()}
     return values | {
@@ -68,31 +89,92 @@ def config_of(shape: Shape) -> dict[str, Any]:
     }
 
 
-def import_model(model: Model, out: Path) -> dict[str, Any]:
-    """Copies the dense model into the store's directory `out`, so that every node reads the same bytes."""
-    source = loading.resolve_dense(str(model.path), model.revision)
+def import_model(model: Model, out: Path) -> dict[str, int]:
+    """Copies the dense model into the store's directory `out`, so that every node reads the same bytes.
+
+    Returns its parameters, `params`, and those of its MLP matrices, `mlp_params`.
+    The tokenizer is written in its portable form, so that corpus, students and exports share its tokens. Raises
+    ModelError if the model cannot be had, is not supported, is not what `model.shape` states, has no fitting
+    tokenizer, or is under a licence that forbids students.
+    """
+    source = local_directory(model) or _download(model)
     values = spec.config_dict(source)
     spec.check_supported(values)
     if model.shape is not None:
         _check_shape(model.shape, values)
-    for path in _files(source):
+    stated = origin.read(source, _hub_id(model))
+    origin.check_license(source, stated)
+    tokenizer.save(source, out)
+    _check_tokenizer(out, values["vocab_size"])
+    origin.write(stated, out)
+    for path in (*_model_files(source), *origin.license_files(source), *_card(source)):
         logger.info(f"copies {path.name}, {path.stat().st_size / 1e6:,.0f} MB")
         shutil.copyfile(path, out / path.name)
-    _check_tokenizer(out, values["vocab_size"])
     loading.load(out, dtype="auto")
     return {"params": spec.total_parameters(values), "mlp_params": spec.mlp_parameters(values)}
 
 
+def _hub_id(model: Model) -> str | None:
+    return str(model.path) if local_directory(model) is None else None
+
+
+def _download(model: Model) -> Path:
+    """A local snapshot of what is needed of the hub's repository; its card and licence are judged before its weights.
+
+    Raises ModelError if the hub does not give it, or the cache cannot be written.
+    """
+    from huggingface_hub import snapshot_download
+
+    for patterns in (SMALL_FILES, (*SMALL_FILES, *WEIGHT_PATTERNS)):
+        try:
+            folder = snapshot_download(
+                str(model.path), revision=model.revision, allow_patterns=list(patterns)
+            )
+        except (OSError, ValueError) as error:  # the hub's own errors are among them
+            raise ModelError(
+                f"model.path {model.path!r} is no local directory, and the hub did not give it (revision "
+                f"{model.revision or 'main'}): {error}; check spelling, network and access rights{_cache_advice()}, or "
+                "give a directory"
+            ) from error
+        spec.check_supported(Path(folder))
+        origin.check_license(Path(folder), origin.read(Path(folder), str(model.path)))
+    return Path(folder)
+
+
+def _cache_advice() -> str:
+    """What to do about the hub's cache; nothing if it can be written."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f", set HF_HOME to a directory that can be written ({folder}: {error.strerror})"
+
+
 def _files(directory: Path) -> list[Path]:
-    """Weights, configuration and tokenizer; never pickles, never code."""
-    names = ("config.json", "generation_config.json", *spec.TOKENIZER_FILES)
+    """Configuration, weights and tokenizer; never pickles, never code."""
+    return _model_files(directory) + _present(directory, tokenizer.FILES)
+
+
+def _model_files(directory: Path) -> list[Path]:
     weights = sorted(directory.glob("model*.safetensors*"))
     if not weights:
         raise ModelError(f"{directory} holds no model*.safetensors: convert its weights to safetensors first")
-    return [path for name in names if (path := directory / name).is_file()] + weights
+    return _present(directory, CONFIG_FILES) + weights
 
 
-def _check_shape(shape: Shape, values: dict[str, Any]) -> None:
+def _card(directory: Path) -> list[Path]:
+    return _present(directory, (origin.CARD,))
+
+
+def _present(directory: Path, names: tuple[str, ...]) -> list[Path]:
+    return [path for name in names if (path := directory / name).is_file()]
+
+
+def _check_shape(shape: Shape, values: dict[str, object]) -> None:
     expected = {key: value for key, value in config_of(shape).items() if value is not None}
     wrong = {key: (value, values.get(key)) for key, value in expected.items() if values.get(key) != value}
     if wrong:
@@ -101,18 +183,18 @@ def _check_shape(shape: Shape, values: dict[str, Any]) -> None:
 
 
 def _check_tokenizer(directory: Path, vocab: int) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    highest = max(tokenizer.get_vocab().values())
+    """ModelError unless the tokenizer fits the model and can separate documents."""
+    read = tokenizer.load(directory)
+    highest = max(read.get_vocab().values(), default=-1)
     if highest >= vocab:
         raise ModelError(
             f"the tokenizer beside the model has ids up to {highest}, the model's vocabulary {vocab} entries: "
             "they do not belong together"
         )
-    if tokenizer.eos_token_id is None:
+    if read.eos_token_id is None:
         raise ModelError(
-            "the model's tokenizer has no end-of-text token, which separates documents: set eos_token"
+            "the model's tokenizer has no end-of-text token, which separates documents: set eos_token in its "
+            "tokenizer_config.json"
         )
 
 

@@ -76,22 +76,6 @@ def _of_mlp(model: PreTrainedModel, name: str, read: Callable[[Any], torch.Tenso
     )
 
 
-def resolve_dense(path_or_hub_id: str, revision: str | None = None) -> Path:
-    """A local directory as it is, or a local snapshot of what we need of the hub repository."""
-    if (path := Path(path_or_hub_id).expanduser()).is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", "generation_config.json", "model*.safetensors*", *spec.TOKENIZER_FILES]
-    try:
-        return Path(snapshot_download(path_or_hub_id, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path_or_hub_id!r} is no local directory, and the hub did not give it (revision "
-            f"{revision or 'main'}): {error}; check spelling, network and access rights, or give a directory"
-        ) from error
-
-
 @cache
 def _classes() -> dict[str, tuple[Any, Any]]:
     """Config and model class by model_type; makes the sparse ones known to transformers' Auto classes."""

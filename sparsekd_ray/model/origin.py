@@ -1,7 +1,7 @@
 """Which dense model a directory stems from, and its licence: what every student carries on to its card.
 
-`sparsekd_origin.json` holds both, and licence files travel beside it. A directory without one is a dense model, whose own
-card (the front matter of README.md) tells the licence.
+`sparsekd_origin.json` holds both, and licence files travel beside it. A directory without one is a dense model, whose
+own card (the front matter of README.md) tells the licence.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def _front_matter(path: Path) -> Mapping[str, object]:
     try:
         return metadata_load(path) or {}
     except (OSError, ValueError, YAMLError) as error:
-        logger.warning(f"{path} has unreadable metadata, so the model's licence is stated as unknown: {error}")
+        logger.warning(
+            f"{path} has unreadable metadata, so the model's licence is stated as unknown: {error}"
+        )
         return {}
 
 

@@ -31,12 +31,6 @@ FAMILIES = {
 CLASS_STEMS = {"phi3": "Phi3", "qwen3": "Qwen3"}
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
-
-
 OWN_FIELDS = (  # of a config, which a rebuilt model does not take over
     "model_type", "architectures", "auto_map", "transformers_version", "mlp_ranks", "mlp_storage", "mlp_bias",
     "num_parameters_expected",

@@ -1,9 +1,9 @@
 """A model's tokenizer, written so that every reader gives the same tokens.
 
-A tokenizer directory may name a class, and readers disagree on classes: `AutoTokenizer` looks the class up by the
-model's type, transformers 5 builds some classes from rules of its own instead of tokenizer.json, transformers 4 does not
-know the names that 5 writes, and other tools read tokenizer.json alone. `save` therefore writes what the dense model's
-`AutoTokenizer` does into tokenizer.json and names the one class that reads this file as it is. It then compares three
+A tokenizer directory may name a class, and readers disagree on classes. `AutoTokenizer` looks the class up by the
+model's type. Transformers 5 builds some classes from rules of its own instead of tokenizer.json. Transformers 4 does
+not know the names that 5 writes. Other tools read tokenizer.json alone. `save` therefore writes what the dense model's
+`AutoTokenizer` does into tokenizer.json, and names the one class that reads this file as it is. It then compares three
 readings of fixed texts.
 """
 
@@ -119,7 +119,7 @@ def check_same(original: PreTrainedTokenizerFast, directory: Path) -> None:
             for reader, ids in readings.items():
                 if ids != expected:
                     raise ModelError(
-                        f"{directory}: {reader} reads {text!r} as {ids}, but the dense model's tokenizer gives {expected}"
+                        f"{directory}: {reader} reads {text!r} as {ids}, but the dense model's tokenizer as {expected}"
                     )
         if again.decode(expected) != original.decode(expected):
             raise ModelError(f"{directory}: its tokenizer does not decode {text!r} as the dense model's does")

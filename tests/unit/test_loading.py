@@ -149,18 +149,6 @@ def test_a_directory_without_config_or_sizes_is_refused(tmp_path: Path) -> None:
         spec.shapes_from_config(tmp_path)
 
 
-def test_resolve_takes_directories_and_explains_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert loading.resolve_dense(str(tmp_path)) == tmp_path
-    for name in ("nobody/no-such-model", str(tmp_path / "absent")):
-        with pytest.raises(ModelError, match=f"{name}' is no local directory, and the hub did not give it"):
-            loading.resolve_dense(name, "v1")
-
-
 @pytest.mark.parametrize("damage", ["cut", "missing", "left over", "misshapen", "absent"])
 @pytest.mark.parametrize("kind", ["dense", "sparse", "gauge"])
 def test_damaged_weights_are_refused(kind: str, damage: str, tmp_path: Path) -> None:
@@ -240,7 +228,7 @@ def test_saved_directory_is_complete_and_keeps_generation_settings(
     saving.save(student, source, out, "the card")
     assert {p.name for p in out.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "README.md", "modeling_sparsekd.py",
-        "tokenizer.json", "tokenizer_config.json",
+        "tokenizer.json", "tokenizer_config.json", "sparsekd_origin.json",
     }  # fmt: skip
     assert (out / "README.md").read_text() == "the card"
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
@@ -324,5 +312,5 @@ def test_long_rope_survives_conversion(tmp_path: Path) -> None:
     model = loading.load(source)
     saving.save(loading.rebuild(model, {}, model.state_dict()), source, tmp_path / "out", "card")
     unchanged = loading.load(tmp_path / "out")
-    assert unchanged.config.rope_parameters == model.config.rope_parameters
+    assert unchanged.config.rope_parameters.items() >= model.config.rope_parameters.items()
     assert torch.equal(logits(unchanged), logits(model))
