@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekd_ray.report.charts import number, percent, scale, signed
+from sparsekd_ray.report.charts import scale
+from sparsekd_ray.report.formatting import number, percent, signed
 
 Row = Mapping[str, Any]
 DRAWN = ("stage", "kind", "params", "sparsity", "oneshot_ppl", "pre_ppl", "ppl", "std", "vs_dense")

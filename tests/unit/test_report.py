@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from sparsekd_ray.report.charts import count, drawn_inputs, graph, lanes, number, percent, signed
-from sparsekd_ray.report.findings import expectations, findings, headline
-from sparsekd_ray.report.render import FIELDS, flat, render
+from sparsekd_ray.report.checks import checks
+from sparsekd_ray.report.document import FIELDS
+from sparsekd_ray.report.findings import findings, headline
+from sparsekd_ray.report.formatting import count, number, percent, signed
+from sparsekd_ray.report.graph import drawn_inputs, graph, lanes
+from sparsekd_ray.report.render import flat, render
 
 LOAD = (
     "from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('runs/artifacts/export/r3'))"
@@ -262,50 +265,48 @@ def test_findings_of_a_good_run_are_the_figures_worked_out_by_hand() -> None:
     )
     # 77.5 / 176, 76.9 / 176, 177.2 / 176; then the mean log-ratio of the others by test tokens
     assert (
-        "On topics, never seen in dense training: Dense + KD −56.0 %, CE only −56.3 %, KL only +0.7 %."
+        "Change on text that dense training never saw (topics): Dense + KD −56.0 %, CE only −56.3 %, KL only +0.7 %."
         in text
     )
     # exp((40064 ln(56.8/58.9) + 50048 ln(25.7/26.4) + 19968 ln(5.05/5.02)) / 110080) = exp(−0.02433)
-    assert "On docstrings, code, arithmetic, seen in it: Dense + KD −2.4 %," in text
+    assert "Change on text that dense training saw (docstrings, code, arithmetic): Dense + KD −2.4 %," in text
     # ln(29.5/34.5) / ln(29.3/34.5) = 0.9584; 16 484 nats of 19 163 in topics
     assert "through cross-entropy, not self-distillation; CE only has 96 % of it." in text
-    assert "Dense + KD against CE only: −0.7 %, a tie." in text
-    assert "86 % of that gain, in log-perplexity, lies in topics: it is mostly new text learnt." in text
+    assert "(Dense + KD against CE only): −0.7 %, a tie." in text
+    assert "86 % of that gain in log-perplexity lies in topics: the gain is mostly new text learnt." in text
     assert (
         "Round 1 (15 %) +2.4 %, worse; Round 2 (35 %) +7.2 %, worse; Round 3 (65 %) +23.5 %, worse." in text
     )
     # (38.3 − 30) / (38.3 − 29.3), …
-    assert (
-        "Dense + KD as the floor in place of dense: Round 1 92.2 %, Round 2 85.8 %, Round 3 89.8 %." in text
-    )
-    assert "Round 2 on 2.0 ×, Round 3 on 3.0 × the 131 k tokens of Dense + KD." in text
+    assert "the excess over Dense + KD: Round 1 92.2 %, Round 2 85.8 %, Round 3 89.8 %." in text
+    assert "as multiples of the 131 k tokens of Dense + KD: Round 2 2.0 ×, Round 3 3.0 ×." in text
     assert "Round 3 (code +23.1 %, topics −40.9 %)" in text
-    assert "KL only (" not in text.split("Drift")[1]
+    assert "KL only (" not in text.split("drifted")[1]
     assert "One seed: the spread is not known" in text
-    assert [check["held"] for check in expectations(sample())] == [True, True, True]
+    assert [check.met for check in checks(sample())] == [True, True, True]
     assert "Not as expected" not in text
 
 
 def test_findings_of_an_adverse_run_say_what_does_not_hold() -> None:
     summary = adverse()
     text = said(summary)
-    assert [check["held"] for check in expectations(summary)] == [False, False, False]
+    assert [check.met for check in checks(summary)] == [False, False, False]
     assert (
         "Not as expected (at least 5 × dense): Plain SVD at 65 % sparsity" in text and "1.20 × dense" in text
     )
     assert "Not as expected (at least 90 %)" in text and f"least first: {EVIL} 50.0 %." in text
-    assert f"Nothing to recover, at most 1 % above dense after pruning: {LONG} (34.60 → 41.40)." in text
+    assert f"at most 1 % above dense, with nothing to recover: {LONG} (34.60 → 41.40)." in text
     assert "Not as expected (at most 1.05 × dense)" in text and "(+20.0 %, worse)" in text
     assert f"Sizes miss the request by more than 0.1 % of the MLP parameters: {EVIL} by 4.00 %." in text
-    assert "without every control; missing: CE only, KL only." in text
-    assert "With one domain, drift between domains cannot be seen." in text
+    assert "because these controls are missing: CE only, KL only." in text
+    assert "The test text is of one domain, so drift between domains cannot be seen." in text
 
 
 def test_weights_that_training_did_not_improve_are_called_what_they_are() -> None:
     summary = sample()
-    assert "before its first step" not in said(summary)
+    assert "did not improve" not in said(summary)
     summary["curves"][2] |= {"stage": "KL only", "best_step": 0}
-    assert "KL only (seed 42) was at its best on validation text before its first step" in said(summary)
+    assert "Training did not improve KL only (seed 42)" in said(summary)
 
 
 @pytest.mark.parametrize(
@@ -315,8 +316,18 @@ def test_weights_that_training_did_not_improve_are_called_what_they_are() -> Non
         (29.3, 34.4, 30.0, "through self-distillation, not cross-entropy; KL only has 86 % of it."),
         (29.3, 31.0, 32.0, "through either signal; CE only has 65 % of it; KL only has 46 % of it."),
         (33.0, 34.3, 34.7, "through the two signals together, for neither gains alone."),
-        (34.4, 30.0, 34.5, "No gain to attribute: Dense + KD is no better than dense (−0.3 %, a tie)."),
-        (35.0, 30.0, 34.5, "No gain to attribute: Dense + KD is no better than dense (+1.4 %, worse)."),
+        (
+            34.4,
+            30.0,
+            34.5,
+            "There is no gain to attribute: Dense + KD is no better than dense (−0.3 %, a tie).",
+        ),
+        (
+            35.0,
+            30.0,
+            34.5,
+            "There is no gain to attribute: Dense + KD is no better than dense (+1.4 %, worse).",
+        ),
     ],
 )
 def test_the_source_of_the_gain_follows_from_the_controls(
@@ -324,18 +335,18 @@ def test_the_source_of_the_gain_follows_from_the_controls(
 ) -> None:
     text = said(controls(kd, ce, kl))
     assert expected in text
-    assert ("of that gain, in log-perplexity" in text) == expected.startswith("through")
+    assert ("of that gain in log-perplexity" in text) == expected.startswith("through")
 
 
 def test_new_text_is_told_from_known_text_only_where_that_is_known() -> None:
     summary = sample()
     about = summary["corpus"]["domains"]
     about["topics"]["in_dense_training"], about["code"]["in_dense_training"] = True, False
-    assert "7 % of that gain, in log-perplexity, lies in code: it is mostly a better fit" in said(summary)
+    assert "7 % of that gain in log-perplexity lies in code: the gain is mostly a better fit" in said(summary)
     about["code"]["in_dense_training"] = True
-    assert "more training on known text, not new text" in said(summary)
+    assert "more training on known text and not new text" in said(summary)
     about["code"]["in_dense_training"] = None
-    assert "is not known: new text cannot be told from known." in said(summary)
+    assert "It is not known which domains" in said(summary)
 
 
 def test_ties_are_1_percent_with_one_seed_and_the_standard_deviations_with_several() -> None:
@@ -348,7 +359,10 @@ def test_ties_are_1_percent_with_one_seed_and_the_standard_deviations_with_sever
 def test_other_shapes_of_a_run_have_findings_too() -> None:
     summary = sample()
     summary["rows"][5]["ppl"] = 29.0
-    assert "Not monotone: Round 2 (35 %) at 29.00 beats Round 1 (15 %) at 30.00." in said(summary)
+    assert (
+        "does not always rise with sparsity: Round 2 (35 %) at 29.00 beats Round 1 (15 %) at 30.00."
+        in said(summary)
+    )
     for r in summary["rows"][4:]:
         r["oneshot_ppl"] = None
     assert "The collapse of plain SVD without training was not measured." in said(summary)
@@ -365,31 +379,29 @@ def test_a_student_beside_the_rounds_is_held_against_the_round_of_its_size() -> 
     text = said(summary)
     # 33.1 / 36.2 − 1; 131 072 / 393 216
     assert (
-        "neurons 65%, the dense model pruned once (neurons) and distilled once, ends at perplexity 33.10; against "
-        "Round 3 (65 %, svd, tiered) at 36.20: −8.6 %, better, not at equal compute: on 0.33 × the 393 k tokens of "
-        "Round 3.\n"
+        "neurons 65% is the dense model pruned once (neurons) and distilled once. It ends at perplexity 33.10. "
+        "Against Round 3 (65 %, svd, tiered) at 36.20: −8.6 %, better; not at equal compute, for it trained on "
+        "0.33 × the 393 k tokens of Round 3.\n"
     ) in text
-    assert "perplexity 41.90; no round has about its sparsity, 50.0 %." in text
+    assert "perplexity 41.90. No round has about its sparsity, 50.0 %." in text
     # 33.1 / 29.3 − 1, (61.7 − 33.1) / (61.7 − 29.3)
     assert "Round 3 (65 %) +23.5 %, worse; depth 50% +43.0 %, worse; neurons 65% +13.0 %, worse." in text
     assert "Round 3 89.8 %, depth 50% 91.7 %, neurons 65% 88.3 %." in text
     assert "to within 0.06 % of the MLP parameters" in text
-    assert [check["figure"] for check in expectations(summary)] == [
-        check["figure"] for check in expectations(sample())
-    ]
+    assert [check.figure for check in checks(summary)] == [check.figure for check in checks(sample())]
     *_, last, neurons, _ = summary["rows"]
     neurons["trained_tokens"], neurons["ppl"] = last["trained_tokens"], 36.4
-    assert "at 36.20: +0.6 %, a tie, at equal compute, the 393 k tokens of Round 3." in said(summary)
+    assert "at 36.20: +0.6 %, a tie; at equal compute, the 393 k tokens of Round 3." in said(summary)
     summary["rows"][5]["sparsity"] = 0.6402
-    assert "; against Round 2 (64 %, svd, tiered) at 31.40: +15.9 %, worse, not at" in said(summary)
+    assert "Against Round 2 (64 %, svd, tiered) at 31.40: +15.9 %, worse; not at" in said(summary)
 
 
 def test_a_run_with_students_beside_no_round_says_so() -> None:
     summary = with_baselines()
     assert headline(summary) == headline(sample())
     summary["rows"] = [r for r in summary["rows"] if r["kind"] != "round"]
-    assert headline(summary).endswith("at perplexity 34.50; there was no round of pruning.")
-    assert "no round has about its sparsity, 64.9 %." in said(summary)
+    assert headline(summary).endswith("perplexity 34.50. There was no round of pruning.")
+    assert "No round has about its sparsity, 64.9 %." in said(summary)
 
 
 def test_the_figures_are_named_by_what_was_done_not_by_the_rounds_method() -> None:
@@ -399,7 +411,7 @@ def test_the_figures_are_named_by_what_was_done_not_by_the_rounds_method() -> No
     assert "Plain SVD at 65 % sparsity, without training, has perplexity 293.0" in said(summary)
     assert "Round 3 by 15.00 %" in said(summary)
     summary["rows"][-1] |= {"method": "wanda", "sparsity": 0.65, "params": 1_003_648}
-    assert "lead to 1.00 M with 65 % of its MLP parameters held at zero, at" in headline(summary)
+    assert "1.00 M parameters, 65 % of the MLP parameters are held at zero, and" in headline(summary)
 
 
 class Page(HTMLParser):
@@ -615,7 +627,7 @@ def test_a_run_without_rounds_has_a_report(tmp_path: Path, kept: int) -> None:
     summary |= {"rows": summary["rows"][:kept], "curves": [], "steps": [], "settings": {}, "commands": []}
     render(summary, tmp_path)
     page = Page((tmp_path / "report.html").read_text())
-    assert "nothing was pruned" in page.text and summary["command"] in page.text
+    assert "Nothing was pruned" in page.text and summary["command"] in page.text
 
 
 def test_importing_the_report_loads_no_drawing() -> None:
