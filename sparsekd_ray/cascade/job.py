@@ -140,7 +140,6 @@ def _render(
         "hardware": _hardware(config),
     }
     summary = summarise(config, steps, records, run)
-    summary.pop("reused")
     with tempfile.TemporaryDirectory() as folder:
         render(summary, Path(folder))
         (Path(folder) / "metrics.jsonl").write_text(metrics_jsonl(steps, records))

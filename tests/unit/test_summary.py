@@ -31,7 +31,8 @@ def summary_of(tree):
     records = {
         step.name: {"metrics": metrics(step), "seconds": 1.0, "files": {}, "created": ""} for step in steps
     }
-    return summarise(config, steps, records, {"command": "c", "reused": {"dense"}, "seconds": 2.0})
+    run = {"command": "c", "reused": {"dense"}, "seconds": 2.0, "created": "", "commands": [], "versions": {}}
+    return summarise(config, steps, records, run | {"hardware": ""})
 
 
 def metrics(step):
