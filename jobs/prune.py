@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sparsekd_ray import cli
 from sparsekd_ray.errors import ConfigError, SparseKDError
+from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.runtime import logging
 
 
@@ -76,7 +77,7 @@ def check(mode: str, chosen: argparse.Namespace) -> None:
 def run(config: cli.Config, chosen: argparse.Namespace) -> None:
     if chosen.energy is None and (chosen.sparsity is None or len(chosen.sparsity) != 1):
         raise ConfigError("run prunes to one size: give one --sparsity S, or --energy T")
-    if chosen.energy is not None and config.prune.method not in ("svd", "svd-whitened"):
+    if chosen.energy is not None and METHODS[config.prune.method].energy is None:
         raise ConfigError(
             f"--energy is of singular values, and {config.prune.method} has none: give --sparsity S"
         )

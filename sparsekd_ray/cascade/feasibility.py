@@ -2,68 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Sequence
 
 from sparsekd_ray.cascade.plan import PLAIN
 from sparsekd_ray.config import Config, Prune
 from sparsekd_ray.errors import ConfigError
-from sparsekd_ray.prune.allocate import max_sparsity
+from sparsekd_ray.prune.methods import METHODS
+from sparsekd_ray.prune.methods.spec import Shapes
 
-Shapes = Mapping[str, tuple[int, int]]
+logger = logging.getLogger(__name__)
 
 
 def check_cascade(config: Config, shapes: Shapes) -> None:
-    """ConfigError if a round, a one-shot control or a student beside the rounds asks for more than its method gives."""
+    """ConfigError if no method reads a setting that was changed, or if a method cannot reach a size asked of it."""
+    baselines = config.cascade.baselines
+    check_settings(config.prune, {baseline.method for baseline in baselines})
     sizes = [round_.sparsity for round_ in config.cascade.rounds]
     check("cascade.rounds", shapes, config.prune, sizes)
     one_shot = PLAIN.model_copy(update={"align": config.prune.align})
     check("the rounds' one-shot control", shapes, one_shot, sizes)
-    for branch in config.cascade.baselines:
-        settings = config.prune.model_copy(update={"method": branch.method})
-        check(f"cascade.baselines {branch.title}", shapes, settings, [branch.sparsity])
+    for baseline in baselines:
+        settings = config.prune.model_copy(update={"method": baseline.method})
+        check(f"cascade.baselines {baseline.title}", shapes, settings, [baseline.sparsity])
 
 
 def check(what: str, shapes: Shapes, settings: Prune, sparsities: Sequence[float]) -> None:
-    """ConfigError, beginning with `what`, if the method cannot cut one model to these sizes one after the other.
+    """ConfigError, beginning with `what`, if the method cannot cut one model to these sparsities, one after the other.
 
-    shapes: (m, n) of every MLP matrix of the dense model; where there are none, nothing is known yet and all passes.
+    Where there are no shapes, nothing is known yet and everything passes.
     """
     if not shapes:
         return
-    if settings.method in ("svd", "svd-whitened"):
-        _low_rank(what, shapes, settings, max(sparsities, default=0.0))
-        return
+    method = METHODS[settings.method]
     try:
-        if settings.method in ("neurons", "sdm"):
-            _neurons(shapes, settings, sparsities)
-        elif settings.method == "depth":
-            _layers(shapes, sparsities)
+        method.check(shapes, method.only_read(settings), sparsities)
     except ConfigError as error:
-        raise ConfigError(f"{what}: {settings.method}: {error}") from None
+        raise ConfigError(f"{what}: {method.name}: {error}") from None
 
 
-def _low_rank(what: str, shapes: Shapes, settings: Prune, asked: float) -> None:
-    bias = settings.bias and settings.method == "svd-whitened"
-    limit = max_sparsity(shapes, settings.align, settings.storage == "gauge", bias)
-    if asked > limit:
-        raise ConfigError(
-            f"{what}: asks for sparsity {asked:g}; truncated SVD of this model with ranks in multiples of "
-            f"{settings.align} can remove at most {limit:.4f} of the MLP parameters"
-        )
+def check_settings(settings: Prune, others: Collection[str] = ()) -> None:
+    """ConfigError if neither the method nor one of the `others`, which share its settings, reads what was changed.
 
-
-def _neurons(shapes: Shapes, settings: Prune, sparsities: Sequence[float]) -> None:
-    from sparsekd_ray.prune import neurons  # imports transformers
-
-    (hidden, width), *others = [shape for name, shape in shapes.items() if name.endswith("down_proj")]
-    dense, layers = sum(m * n for m, n in shapes.values()), 1 + len(others)
-    for sparsity in sparsities:
-        width = neurons.width(dense, sparsity, hidden, layers, settings.align, present=width)
-
-
-def _layers(shapes: Shapes, sparsities: Sequence[float]) -> None:
-    from sparsekd_ray.prune import depth
-
-    layers = left = sum(name.endswith("down_proj") for name in shapes)
-    for sparsity in sparsities:
-        left -= depth.count(left, 1 - (1 - sparsity) * layers / left)
+    A line of warning where only the others read it. The allocation is not shared. `align` is never refused: whole
+    layers and masks are aligned in any case.
+    """
+    for name in Prune.model_fields.keys() - {"method", "align", *METHODS[settings.method].settings}:
+        value, default = getattr(settings, name), Prune.model_fields[name].default
+        readers = [method for method, spec in METHODS.items() if name in spec.settings]
+        sharing = [method for method in readers if method in others and name != "allocation"]
+        unread = f"prune.{name} is {value}, and {settings.method} does not read it"
+        if value != default and sharing:
+            logger.warning(f"{unread}: only the baselines by {' and '.join(sharing)} do")
+        elif value != default:
+            raise ConfigError(f"{unread}: leave it at {default}, or choose {' or '.join(readers)}")

@@ -15,6 +15,7 @@ from typing import Any
 from sparsekd_ray.config import Config, Corpus, Distill, Prune, Settings, Source, Standin
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import hub
+from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.store import Ref
 
 # raised when a stage's code changes what it computes, so that older artifacts are not taken for new ones
@@ -43,17 +44,6 @@ class Step:
     settings: Any = None
     seed: int = 0
 
-
-PRUNE_FIELDS = {  # of the settings, which bear on each method
-    "svd": ("allocation", "align", "storage"),
-    "svd-whitened": ("allocation", "align", "storage", "bias"),
-    "neurons": ("align", "score"),
-    "sdm": ("align", "alpha", "temperature"),
-    "depth": ("drop",),
-    "wanda": (),
-    "magnitude": (),
-}
-LOW_RANK = ("svd", "svd-whitened")
 
 Identify = Callable[[Source], dict[str, Any]]
 
@@ -177,44 +167,34 @@ def prune(
     calibrate = builder.config.calibrate
     if seed is not None:
         calibrate = calibrate.model_copy(update={"seed": seed})
-    # the fields that do not bear on the method are as if never set
-    settings = Prune(
-        method=settings.method, **settings.model_dump(include=set(PRUNE_FIELDS[settings.method]))
-    )
-    if settings.method == "sdm":
-        _check_temperature(settings, builder.config)
-    inputs = {"model": source, "dense": "dense"}
-    identity = _plain(settings, *(set(Prune.model_fields) - {"method", *PRUNE_FIELDS[settings.method]}))
-    identity |= {"sparsity": sparsity}
-    optimal = settings.method == "svd" and settings.allocation == "optimal"
-    if settings.method in ("svd-whitened", "neurons", "sdm", "depth") or optimal:
-        title = f"statistics {source}" if seed is None else f"statistics {source} · draw {seed}"
-        inputs["statistics"] = title
+    method = METHODS[settings.method]
+    settings, inputs = method.only_read(settings), {"model": source, "dense": "dense"}
+    identity = settings.model_dump(mode="json", include={"method", *method.settings}) | {"sparsity": sparsity}
+    needs = method.inputs_for(settings)
+    if "statistics" in needs:
+        inputs["statistics"] = title = f"statistics {source}" + ("" if seed is None else f" · draw {seed}")
+        texts = {"model": source, "texts": "corpus"}
         builder.add(
-            title,
-            "statistics",
-            f"{calibrate.samples}-sequences",
-            _plain(calibrate),
-            {"model": source, "texts": "corpus"},
-            calibrate,
+            title, "statistics", f"{calibrate.samples}-sequences", _plain(calibrate), texts, calibrate
         )
-    if settings.method in ("sdm", "wanda"):  # which read the calibration text itself
+    if "texts" in needs:
         identity |= {"calibrate": _plain(calibrate)}
         inputs["texts"] = "corpus"
-    if settings.method == "sdm":
+    if "cache" in needs:
+        _check_temperature(settings, builder.config)
         inputs["cache"] = cache(builder, "dense")
-    label = f"{settings.method}-{settings.allocation}" if settings.method in LOW_RANK else settings.method
-    label = f"{label}-{percent(sparsity).rstrip('%')}"
+    words = [method.name, settings.allocation if "allocation" in method.settings else None]
+    label = "-".join([word for word in words if word] + [percent(sparsity).rstrip("%")])
     builder.add(name, "prune", label, identity, inputs, (sparsity, settings, calibrate))
 
 
 def _check_temperature(settings: Prune, config: Config) -> None:
-    """The settings are checked when they are read, but for methods that only a comparison names."""
+    """ConfigError if the teacher's cache will not hold the temperature that the method reads."""
     stored = config.teacher.temperatures + ((1.0,) if config.teacher.signal == "topk" else ())
     if settings.temperature not in stored:
         raise ConfigError(
-            f"sdm reads the teacher at prune.temperature {settings.temperature:g}, but the cache will hold only "
-            f"{', '.join(f'{t:g}' for t in stored)}: add it to teacher.temperatures"
+            f"{settings.method} reads the teacher at prune.temperature {settings.temperature:g}, but the cache will "
+            f"hold only {', '.join(f'{t:g}' for t in stored)}: add it to teacher.temperatures"
         )
 
 

@@ -9,55 +9,62 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from sparsekd_ray.cascade import steps
 from sparsekd_ray.cascade.steps import Identify, PlanBuilder, Step
-from sparsekd_ray.config import Allocation, Config, Method, Prune
+from sparsekd_ray.config import Config, Prune
 from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.prune.methods import METHODS
 
-ALL = (
-    "svd", "svd-whitened", "svd-whitened+optimal", "svd-whitened+optimal+gauge", "neurons", "neurons+leverage",
-    "sdm", "depth",
-    "wanda", "magnitude",
-)  # fmt: skip
+ALL = tuple(f"{method.name}{variant}" for method in METHODS.values() for variant in method.variants)
 SPARSITIES = (0.15, 0.35, 0.5, 0.65)
 SHOWN = (
     "method", "allocation", "sparsity", "removed", "mlp_params", "ppl_all", "ppl_std", "ppl_after", "predicted_loss",
     "seconds", "flops_per_token", "prefill_speedup", "prefill_limit", "decode_speedup", "decode_limit",
 )  # fmt: skip
-PLAINEST = {
-    "allocation": "uniform",
-    "storage": "factors",
-    "bias": False,
-    "drop": "block",
-    "score": "elimination",
-}
-CHANGES: dict[str, dict[str, Any]] = {
-    **{rule: {"allocation": rule} for rule in get_args(Allocation)},
-    "gauge": {"storage": "gauge"},
-    "bias": {"bias": True},
-    "influence": {"drop": "influence"},
-    "leverage": {"score": "leverage"},
-}
+
+
+def _choices() -> dict[str, dict[str, Any]]:
+    """What a `+change` sets: each value of the pruning settings that have named values, or True of a switch."""
+    changes: dict[str, dict[str, Any]] = {}
+    for name, field in Prune.model_fields.items():
+        if get_origin(field.annotation) is Literal and name != "method":
+            changes |= {value: {name: value} for value in get_args(field.annotation)}
+        elif field.annotation is bool:
+            changes[name] = {name: True}
+    return changes
+
+
+CHANGES = _choices()
+PLAINEST = {key: Prune.model_fields[key].default for change in CHANGES.values() for key in change}
+PLAINEST |= {"allocation": "uniform"}
 
 
 def variant(text: str, base: Prune) -> Prune:
     """`svd-whitened+optimal+gauge` → settings: a method, then what differs from the plainest form of it."""
-    method, *changes = text.split("+")
+    name, *changes = text.split("+")
     unknown = [change for change in changes if change not in CHANGES]
-    if method not in get_args(Method) or unknown:
+    if name not in METHODS or unknown:
         raise ConfigError(
-            f"no pruning method {text!r}: give one of {', '.join(get_args(Method))}, followed by any of "
+            f"no pruning method {text!r}: give one of {', '.join(METHODS)}, followed by any of "
             f"{', '.join('+' + change for change in CHANGES)}"
         )
-    idle = [change for change in changes if not CHANGES[change].keys() & set(steps.PRUNE_FIELDS[method])]
+    idle = [change for change in changes if not CHANGES[change].keys() & set(METHODS[name].settings)]
     if idle:
-        raise ConfigError(f"{text!r}: +{idle[0]} changes nothing in {method}; leave it out")
-    values = PLAINEST | {"method": method}
+        raise ConfigError(f"{text!r}: +{idle[0]} changes nothing in {name}; leave it out")
+    values = PLAINEST | {"method": name}
     for change in changes:
         values |= CHANGES[change]
     return base.model_copy(update=values)
+
+
+def ignored(settings: Prune) -> list[str]:
+    """The changed settings that a comparison takes from the names of its methods instead."""
+    values = {name: getattr(settings, name) for name in ("method", *PLAINEST)}
+    return [
+        f"prune.{name} {value}" for name, value in values.items() if value != Prune.model_fields[name].default
+    ]
 
 
 def plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,9 +17,12 @@ from sparsekd_ray.compare import comparison
 from sparsekd_ray.config import Config
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import hub
+from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.runtime.logging import headline, listening
 from sparsekd_ray.runtime.tasks import map_on_ray
 from sparsekd_ray.store import Ref, Store
+
+logger = logging.getLogger(__name__)
 
 PRUNED = "pruned"
 PROMPT, NEW_TOKENS, REPEATS = 128, 32, 7  # of a speed measurement
@@ -27,7 +31,7 @@ PROMPT, NEW_TOKENS, REPEATS = 128, 32, 7  # of a speed measurement
 def run(config: Config, sparsity: float, dry_run: bool, table: Callable[[list[Any]], None]) -> None:
     """Prunes the dense model once, judges and exports it; with `dry_run`, measures what a plan needs, prints the
     table of matrices and makes no model."""
-    planned = _plan_one(config, sparsity)
+    planned = plan_one(config, sparsity)
     store, settings = job.open_store(config), next(s for s in planned if s.name == PRUNED)
     wanted = planned[: planned.index(settings)] if dry_run else planned
     records = make(config, wanted, store)
@@ -42,17 +46,16 @@ def run(config: Config, sparsity: float, dry_run: bool, table: Callable[[list[An
     task = _task(settings, planned, store, config.execution.gpus)
     with connected(config.execution), listening() as log_queue:
         rows = preview.table(task, map_on_ray(config.execution, log_queue))
-    table([*rows, preview.total(rows)])
+    table([row._asdict() for row in (*rows, preview.total(rows))])
 
 
 def sparsity_of_energy(config: Config, tau: float) -> float:
     """The sparsity at which one energy threshold of `tau` prunes the dense model: the budget that it stands for.
 
     ConfigError where that is none, since the spectra of language models are flat."""
-    planned = _plan_one(config, 0.5)  # any size: only what comes before the cut is made
+    planned = plan_one(config, 0.5)  # any size: only what comes before the cut is made
     store, step = job.open_store(config), next(s for s in planned if s.name == PRUNED)
     make(config, planned[: planned.index(step)], store)
-    from sparsekd_ray.prune.low_rank import sparsity_at
     from sparsekd_ray.runtime.cluster import connected
 
     task = _task(step, planned, store, config.execution.gpus)
@@ -61,7 +64,9 @@ def sparsity_of_energy(config: Config, tau: float) -> float:
         task, out=Ref("prune", f"spectra-{task.settings.method}-{task.model.fingerprint}", measured)
     )
     with connected(config.execution), listening() as log_queue:
-        found = sparsity_at(task, tau, map_on_ray(config.execution, log_queue))
+        energy = METHODS[task.settings.method].energy
+        assert energy is not None, "whoever asks for an energy has checked that the method has one"
+        found = energy(task, tau, map_on_ray(config.execution, log_queue))
     headline(f"energy {tau:g} stands for a sparsity of {found:.4f}")
     if found <= 0:
         raise ConfigError(
@@ -88,6 +93,8 @@ def compare(
         for sparsity in sparsities:
             settings = comparison.variant(text, config.prune)
             feasibility.check(f"--sparsity {sparsity:g}", shapes, settings, [sparsity])
+    if ignored := comparison.ignored(config.prune):
+        logger.warning(f"--methods says what is compared: {', '.join(ignored)} of the settings is not used")
     job.check_vocabulary(config)
     planned, names = comparison.plan(config, *arguments, distilled, corpus.identify, identity)
     store = job.open_store(config)
@@ -127,7 +134,8 @@ def make(config: Config, planned: list[Step], store: Store) -> dict[str, dict[st
     return job.find(planned, store)
 
 
-def _plan_one(config: Config, sparsity: float) -> list[Step]:
+def plan_one(config: Config, sparsity: float) -> list[Step]:
+    feasibility.check_settings(config.prune)
     feasibility.check(f"--sparsity {sparsity:g}", hub.mlp_shapes(config.model), config.prune, [sparsity])
     job.check_vocabulary(config)
     builder = PlanBuilder(config)

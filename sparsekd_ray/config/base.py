@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from sparsekd_ray.prune.methods import METHODS
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 TeacherPolicy = Literal["dense", "dense+kd", "previous"]
-Method = Literal["svd", "svd-whitened", "neurons", "sdm", "depth", "wanda", "magnitude"]
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(METHODS)]  # one for each `MethodSpec`
 Allocation = Literal["uniform", "tiered", "energy", "optimal"]
 ProtocolName = Literal["paper", "gptq", "words"]
 Control = Literal["dense+kd", "ce-only", "kl-only"]

@@ -16,6 +16,7 @@ from sparsekd_ray.config.base import (
     Settings,
     TeacherPolicy,
 )
+from sparsekd_ray.prune import methods
 
 
 class Teacher(Settings):
@@ -55,9 +56,7 @@ class Calibrate(Settings):
 class Prune(Settings):
     """How a model gets smaller, to an exact budget of MLP parameters."""
 
-    method: Method = "svd"
-    """svd, svd-whitened: low-rank factors of every matrix. neurons, sdm: fewer neurons in every layer (a stock model).
-    depth: fewer layers (a stock model). wanda, magnitude: zeros held through training (no model is faster for it)."""
+    method: Method = Field("svd", description=methods.in_words())
     allocation: Allocation = "tiered"
     """How svd methods share the budget: the same share for all, SparseKD's tiers, one energy threshold, or the
     smallest predicted loss (exact). The other methods treat all layers alike."""
@@ -113,16 +112,26 @@ class Round(Settings):
 
 
 class Baseline(Settings):
-    """A student by another method, to stand beside the rounds: the dense model pruned once and distilled once."""
+    """A student by another method, to compare the rounds with: the dense model pruned once and distilled once."""
 
     method: Method
     sparsity: Fraction
     allocation: Allocation = "optimal"
+    """How svd methods share the budget. The other methods do not read it."""
     teacher: Literal["dense", "dense+kd"] = "dense"
     lr: float | None = Field(None, gt=0)
     """Learning rate, where it differs from `distill.lr`."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training samples, where they differ from `distill.epochs`."""
+
+    @model_validator(mode="after")
+    def _allocation_is_read(self) -> Baseline:
+        default = Baseline.model_fields["allocation"].default
+        if self.allocation != default and "allocation" not in methods.METHODS[self.method].settings:
+            raise ValueError(
+                f"allocation is {self.allocation}, and {self.method} does not read it: leave it out"
+            )
+        return self
 
     @property
     def title(self) -> str:

@@ -34,16 +34,6 @@ class Config(Settings):
                 f"distill.temperature is {self.distill.temperature}, but the cache will hold only {stored}: add it to "
                 "teacher.temperatures"
             )
-        methods = {self.prune.method, *(branch.method for branch in self.cascade.baselines)}
-        if "sdm" in methods and self.prune.temperature not in stored:
-            raise ValueError(
-                f"sdm reads the teacher at prune.temperature {self.prune.temperature}, but the cache will hold only "
-                f"{stored}: add it to teacher.temperatures"
-            )
-        if self.prune.bias and self.prune.method != "svd-whitened":
-            raise ValueError(
-                f"prune.bias is what svd-whitened adds for a mean that it measured; {self.prune.method} has none"
-            )
         if self.corpus.samples < self.distill.batch:
             raise ValueError(
                 f"corpus.samples ({self.corpus.samples}) is less than one batch (distill.batch {self.distill.batch})"

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import loading, saving, spec
+from sparsekd_ray.prune.methods import METHODS, named
 
 logger = logging.getLogger(__name__)
 
@@ -25,35 +26,6 @@ TOLERANCE = 1e-5  # of the largest logit, in float32
 
 Form = Literal["low-rank", "merged", "stock"]
 NOT_MERGED = "its MLP matrices have biases, which stock Phi-3 and Qwen3 cannot hold"
-MASKS = ("wanda", "magnitude")
-METHODS = {  # what the student is, where its architecture does not say it, and how it was made
-    "svd": ("Low-rank", "Pruned by truncated singular value decomposition of its MLP matrices"),
-    "svd-whitened": (
-        "Low-rank",
-        "Pruned by singular value decomposition of its MLP matrices in the metric of their inputs and of the loss on "
-        "calibration text",
-    ),
-    "neurons": (
-        "Narrower",
-        "Pruned by removing the MLP neurons that the others can best stand in for on calibration text, as many in "
-        "every layer, and refitting the others by least squares",
-    ),
-    "sdm": (
-        "Narrower",
-        "Pruned by removing the MLP neurons that matter least to cross-entropy and self-distillation loss (SDMPrune), "
-        "as many in every layer, and refitting the others by least squares",
-    ),
-    "depth": (
-        "Shallower",
-        "Pruned by removing whole layers, those that change the hidden state least on calibration text",
-    ),
-    "wanda": (
-        "Masked",
-        "Pruned by zeros in the MLP matrices: in every row, where weight times norm of its input is smallest (Wanda)",
-    ),
-    "magnitude": ("Masked", "Pruned by zeros in the MLP matrices, in place of the smallest weights"),
-}
-
 USAGE = """## Usage
 
 From inside this directory:
@@ -118,8 +90,8 @@ def model_card(facts: Mapping[str, Any], form: Form) -> str:
     """README.md of an exported directory: YAML front matter and Markdown.
 
     facts: `parameters` and `sparsity` (share of the dense model's MLP parameters that is gone, or zero); optional
-    `method` (of pruning, a key of `METHODS`), `distilled` (False for a student as it was cut), `biased` (low-rank
-    matrices with biases), `base_model` (name or hub id), `license`, `perplexity` and `dense_perplexity` (as
+    `method` (of pruning, a key of `prune.methods.METHODS`), `distilled` (False for a student as it was cut), `biased`
+    (low-rank matrices with biases), `base_model` (name or hub id), `license`, `perplexity` and `dense_perplexity` (as
     `evaluate.perplexity.evaluate` returns them).
     Raises ModelError for a method that is not known.
     """
@@ -130,12 +102,12 @@ def model_card(facts: Mapping[str, Any], form: Form) -> str:
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     front |= {key: facts[key] for key in ("base_model", "license") if facts.get(key)}
     origin = f" of {facts['base_model']}" if facts.get("base_model") else ""
-    kind, made = METHODS[method] if method else ("Stock", "Pruned by sparsekd-ray")
-    title = kind if form == "stock" else form.capitalize()
+    made = METHODS[method].card if method else "Pruned by sparsekd-ray"
+    title = METHODS[method].form if method and form == "stock" else form
     then = ", then trained to recover by self-distillation (SparseKD)" if facts.get("distilled", True) else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {title} student{origin}",
+        f"# {title.capitalize()} student{origin}",
         f"{made}{then}. {_what_it_holds(facts, form)}",
         f"Parameters: {facts['parameters']:,}, tied embeddings counted once.",
         _perplexity_table(facts.get("perplexity"), facts.get("dense_perplexity")),
@@ -154,7 +126,7 @@ def _what_it_holds(facts: Mapping[str, Any], form: Form) -> str:
     if form == "merged":
         held = f"The student is low-rank, without {share}; here its products are multiplied out, which gives "
         return held + "the same function as a stock model, of the dense model's size and speed."
-    if facts.get("method") in MASKS:
+    if facts.get("method") in named("masked"):
         return f"{share} are zeros, in a stock model of the dense model's size: no stock runtime is faster for it."
     return (
         f"{share} are gone; what is left is a smaller model of the stock architecture, which needs no code."

@@ -1,8 +1,8 @@
 """The prune stage: a model directory in, a smaller one out, by the method that the settings name.
 
 Sparsity is always the share of the original dense model's MLP parameters that is gone, so a later round of a cascade
-states the same quantity as the first. The counts returned are those of the files on disk; of masks, of what is not
-zero in them.
+states the same quantity as the first. Parameters are counted in the files on disk. Of a masked model, zeros do not
+count.
 """
 
 from __future__ import annotations
@@ -10,57 +10,37 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import saving, spec
-from sparsekd_ray.prune import low_rank, structured
+from sparsekd_ray.prune.methods import METHODS, named
 from sparsekd_ray.prune.task import Task
 from sparsekd_ray.runtime.tasks import TaskMap
 
-CARDS = {
-    "svd": "Low-rank student by truncated SVD",
-    "svd-whitened": "Low-rank student by SVD in the metric of its activations",
-    "neurons": "Narrower student: the neurons missed least removed, the rest refitted",
-    "sdm": "Narrower student: neurons of least SDMPrune importance removed, the rest refitted",
-    "depth": "Shallower student: layers removed",
-    "wanda": "Masked student: weights zeroed by Wanda's score",
-    "magnitude": "Masked student: smallest weights zeroed",
-}
 
-
-def prune(task: Task, each: TaskMap) -> dict[str, Any]:
-    """Fills `task.out`'s working directory with the pruned model; returns counts on disk, method and seconds.
+def prune(task: Task, task_map: TaskMap) -> dict[str, object]:
+    """Fills `task.out`'s working directory with the pruned model. Returns counts on disk, method and seconds.
 
     Raises ConfigError if the budget cannot be met, ModelError if the model is not supported, holds a value that is
     not finite, or is of a form that the method does not cut.
     """
-    start, method = time.perf_counter(), task.settings.method
+    start, method = time.perf_counter(), METHODS[task.settings.method]
     check_form(task)
-    make = {
-        "svd": low_rank.student,
-        "svd-whitened": low_rank.student,
-        "neurons": structured.by_activations,
-        "sdm": structured.by_gradients,
-        "depth": structured.shallower,
-        "wanda": structured.masked,
-        "magnitude": structured.masked,
-    }[method]
-    student, facts = make(task, each)
-    card = f"{CARDS[method]}: {task.sparsity:.1%} of MLP parameters, before any recovery.\n"
+    student, facts = method.student(task, task_map)
+    card = f"{method.card}. {task.sparsity:.1%} of the MLP parameters are gone, before any recovery.\n"
     out = task.store.workdir(task.out)
     saving.save(student, task.folder(), out, card)
     return counts(out, task) | facts | {"seconds": time.perf_counter() - start}
 
 
-def counts(out: Path, task: Task) -> dict[str, Any]:
-    """Parameters of a finished directory against what was asked for."""
+def counts(out: Path, task: Task) -> dict[str, object]:
+    """Parameters of a finished directory beside what was asked for."""
     sizes = {name: math.prod(shape) for name, shape in spec.tensors_on_disk(out).items()}
     order = sum(
         size for name, size in sizes.items() if name.endswith(".order")
-    )  # a permutation, no parameters
+    )  # permutations: no parameters
     mlp_params = sum(size for name, size in sizes.items() if ".mlp." in name) - order - _zeros(out)
     return {
         "method": task.settings.method,
@@ -85,23 +65,26 @@ def _zeros(out: Path) -> int:
 
 
 def check_form(task: Task) -> None:
-    """ModelError for what would be cut in half: stock methods need stock matrices, masks are not cut again by other
-    methods, and biases are kept only by what adds some."""
-    values, method = spec.config_dict(task.folder()), task.settings.method
+    """ModelError where the model's form is one that the method would lose or does not cut.
+
+    Only low-rank methods cut low-rank matrices, a mask goes on only by the method that made it, and biases are kept
+    only by what adds some.
+    """
+    values, method = spec.config_dict(task.folder()), METHODS[task.settings.method]
     spec.check_supported(values)
-    low_rank = method in ("svd", "svd-whitened")
-    if spec.is_low_rank(values) and not low_rank:
+    if spec.is_low_rank(values) and method.form != "low-rank":
         raise ModelError(
-            f"{task.folder()} is low-rank already, and {method} cuts stock models only: cut the dense model, or go on "
-            "with svd or svd-whitened"
+            f"{task.folder()} is low-rank already, and {method.name} cuts stock models only: cut the dense model, or "
+            f"go on with {' or '.join(named('low-rank'))}"
         )
     if spec.mlp_form(values)[1] and not task.settings.bias:
+        biased = " or ".join(name for name, other in METHODS.items() if "bias" in other.settings)
         raise ModelError(
-            f"{task.folder()} has biases in its low-rank matrices, which {method} without prune.bias would lose: go on "
-            "with svd-whitened and prune.bias"
+            f"{task.folder()} has biases in its low-rank matrices, which {method.name} without prune.bias would lose: "
+            f"go on with {biased} and prune.bias"
         )
-    if (mask := values.get("mlp_mask")) and method != mask:
+    if (mask := values.get("mlp_mask")) and method.name != mask:
         raise ModelError(
-            f"{task.folder()} is masked by {mask}, and {method} would lose the mask: cut the dense model, or go on "
-            f"with {mask}"
+            f"{task.folder()} is masked by {mask}, and {method.name} would lose the mask: cut the dense model, or go "
+            f"on with {mask}"
         )

@@ -1,96 +1,72 @@
-"""Pruning that leaves a stock model: fewer neurons in every layer, fewer layers, or zeros in place of weights.
+"""Students of stock architecture: fewer neurons in every layer, fewer layers, or zeros in place of weights.
 
-Each way is cut into pieces that may run anywhere: a layer's neurons are chosen and refitted on their own; what looks at
-the whole model at once (gradients, Wanda's pruned prefix) is one piece.
+The work is in subtasks that may run anywhere. A layer's neurons are chosen and refitted on their own; what looks at the
+whole model at once (gradients, Wanda's pruned prefix) is one subtask.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import spec
 from sparsekd_ray.model.mlp import MLP, layer_count, mlp_weights, view, with_width, without_layers
 from sparsekd_ray.prune import calibrate, depth, masks, neurons, sdm
-from sparsekd_ray.prune.task import Task, Tensors, tensors_below
+from sparsekd_ray.prune.task import Student, Task, Tensors, tensors_below
 from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.teacher.forward import tokens
 from sparsekd_ray.teacher.signal import Target
 
 logger = logging.getLogger(__name__)
 
-Made = tuple[Any, dict[str, Any]]  # a model, and facts about it
-MASKED, IMPORTANT = "masked", "important"
+Masking = Callable[[Task, PreTrainedModel, float], PreTrainedModel]
+"""(task, model, share of its MLP weights) → the model with zeros in their place."""
+MASKED, IMPORTANT = "masked", "important"  # names of published results
 
 
-def by_activations(task: Task, each: TaskMap) -> Made:
-    """The neurons missed least removed from every layer, the others refitted to do their work."""
-    return _narrower(task, width_of(task), None, each)
+def by_activations(task: Task, task_map: TaskMap) -> Student:
+    """Removes the neurons missed least from every layer, and refits the others to do their work."""
+    return narrower(task, task_map, width_of(task))
 
 
-def by_gradients(task: Task, each: TaskMap) -> Made:
-    """Neurons of least SDMPrune importance removed; the others refitted, which the paper does not do."""
+def by_gradients(task: Task, task_map: TaskMap) -> Student:
+    """Removes the neurons of least SDMPrune importance, and refits the others, which the paper does not do."""
     width = width_of(task)
     logger.info(f"gradients of {task.calibrate.samples} sequences, twice")
-    ((_, kept),) = each(important, [(task, width)])
-    return _narrower(task, width, kept, each)
+    ((_, kept),) = task_map(important, [(task, width)])
+    return narrower(task, task_map, width, kept)
 
 
-def shallower(task: Task, each: TaskMap) -> Made:
-    """Whole layers removed, by the angles or the influence that were measured."""
-    model, dropped = task.load(), layers_to_drop(task)
-    logger.info(f"drops layers {', '.join(map(str, dropped))} of {layer_count(model)}")
-    return without_layers(model, dropped), {"dropped": dropped}
-
-
-def layers_to_drop(task: Task) -> list[int]:
-    """As many layers as the sparsity comes nearest to."""
-    found, layers = task.stack(), spec.config_dict(task.folder())["num_hidden_layers"]
-    number = depth.count(layers, share_of(task))
-    if task.settings.drop == "block":
-        return depth.block(found["angle"], number)
-    return depth.influence(found["influence"], number)
-
-
-def masked(task: Task, each: TaskMap) -> Made:
-    """The same shapes with zeros in them."""
-    logger.info(f"{task.settings.method} masks of every MLP matrix")
-    for _ in each(zeroed, [(task,)]):
-        pass
-    model, found = task.load(), task.published(MASKED, {})
-    assert found is not None, "the masks have just been made"
-    model.load_state_dict(found, strict=False)  # only the MLP matrices are in it
-    model.config.mlp_mask = task.settings.method
-    return model, {}
-
-
-def zeroed(task: Task) -> None:
-    """A piece: publishes every MLP matrix with its zeros."""
-    if task.published(MASKED, {}) is not None:
-        return
-    model, share = task.load(task.device), share_of(task)
-    if task.settings.method == "magnitude":
-        cut = masks.magnitude(model, share)
-    else:
-        cut = masks.wanda(model, _sequences(task), share)
-    held = [mlp_weights(cut, layer) for layer in range(layer_count(cut))]
-    found = {f"{name}.weight": weight.detach() for layer in held for name, weight in layer.items()}
-    task.publish(MASKED, found, {})
+def narrower(
+    task: Task, task_map: TaskMap, width: int, kept: Sequence[Sequence[int]] | None = None
+) -> Student:
+    """Every layer with `width` neurons: those `kept`, rising, of each layer, or else those that activations choose."""
+    layers = spec.config_dict(task.folder())["num_hidden_layers"]
+    subtasks = [(task, layer, width, None if kept is None else list(kept[layer])) for layer in range(layers)]
+    for done, _ in enumerate(task_map(narrow, subtasks), 1):
+        logger.info(f"{done}/{layers} layers cut to {width} neurons")
+    mlps, loss = [], 0.0
+    for _, layer, _, kept_K in subtasks:
+        tensors = task.published(_mlp_name(layer), {"width": width, "kept": kept_K})
+        assert tensors is not None, f"layer {layer} has just been cut"
+        loss += float(tensors.pop("loss"))
+        mlps.append(MLP(**tensors))
+    return Student(with_width(task.load(), mlps), {"width": width, "predicted_loss": loss})
 
 
 def narrow(task: Task, layer: int, width: int, kept: list[int] | None) -> None:
-    """A piece: publishes one layer's MLP with `width` neurons, those `kept` or else those that activations choose, and
-    the loss that this is predicted to cost."""
-    about = {"width": width, "kept": kept}
-    if task.published(_name(layer), about) is not None:
+    """A subtask: publishes one layer's MLP with `width` neurons, and the loss that this is predicted to cost."""
+    metadata = {"width": width, "kept": kept}
+    if task.published(_mlp_name(layer), metadata) is not None:
         return
-    held = tensors_below(task.folder(), f"model.layers.{layer}.mlp")
-    mlp = MLP(*(part.to(task.device) for part in view(_in_order(held))))
-    found = task.layer(layer)
-    gram_II, fisher_D = (found[key].to(task.device) for key in ("inner.gram", "fisher.down_proj"))
+    stored = tensors_below(task.folder(), f"model.layers.{layer}.mlp")
+    mlp = MLP(*(part.to(task.device) for part in view(_in_order(stored))))
+    measured = task.layer_statistics(layer)
+    gram_II, fisher_D = (measured[key].to(task.device) for key in ("inner.gram", "fisher.down_proj"))
     if kept is not None:
         kept_K = torch.tensor(kept, device=task.device)
     elif task.settings.score == "leverage":
@@ -98,50 +74,83 @@ def narrow(task: Task, layer: int, width: int, kept: list[int] | None) -> None:
     else:
         kept_K = neurons.eliminate(mlp.down_DI, gram_II, width)
     cut = neurons.prune_mlp(mlp, gram_II, kept_K)
-    measured = (mlp.down_DI, cut.down_DI, kept_K, gram_II, fisher_D, int(found["tokens"]))
-    loss = torch.tensor(neurons.predicted_loss(*measured))
-    task.publish(_name(layer), cut._asdict() | {"loss": loss}, about)
+    tokens_seen = int(measured["tokens"])
+    loss = neurons.predicted_loss(mlp.down_DI, cut.down_DI, kept_K, gram_II, fisher_D, tokens_seen)
+    task.publish(_mlp_name(layer), cut._asdict() | {"loss": torch.tensor(loss)}, metadata)
 
 
 def important(task: Task, width: int) -> list[list[int]]:
-    """A piece: the neurons that SDMPrune keeps in each layer, by gradients of CE and of KL to the cached teacher;
-    published."""
-    about = {"width": width}
-    if (found := task.published(IMPORTANT, about)) is not None:
-        return [found[str(layer)].tolist() for layer in range(len(found))]
+    """A subtask: the neurons that SDMPrune keeps in each layer, by gradients of CE and of KL to the cached teacher.
+
+    They are published."""
+    metadata = {"width": width}
+    if (published := task.published(IMPORTANT, metadata)) is not None:
+        return [published[str(layer)].tolist() for layer in range(len(published))]
     targets = _targets(task)
     kept = sdm.select(
         task.load(task.device),
-        _sequences(task),
+        sequences(task),
         width,
         targets=targets,
         alpha=task.settings.alpha,
         align=task.settings.align,
     )
-    task.publish(IMPORTANT, {str(layer): kept_K for layer, kept_K in enumerate(kept)}, about)
+    task.publish(IMPORTANT, {str(layer): kept_K for layer, kept_K in enumerate(kept)}, metadata)
     return [kept_K.tolist() for kept_K in kept]
-
-
-def _narrower(task: Task, width: int, kept: list[list[int]] | None, each: TaskMap) -> Made:
-    layers = spec.config_dict(task.folder())["num_hidden_layers"]
-    pieces = [(task, layer, width, kept and kept[layer]) for layer in range(layers)]
-    for done, _ in enumerate(each(narrow, pieces), 1):
-        logger.info(f"{done}/{layers} layers cut to {width} neurons")
-    found = [task.published(_name(i), {"width": width, "kept": kept and kept[i]}) for i in range(layers)]
-    parts = [part for part in found if part is not None]
-    assert len(parts) == layers, "every layer has just been cut"
-    loss = sum(float(part.pop("loss")) for part in parts)
-    return with_width(task.load(), [MLP(**part) for part in parts]), {"width": width, "predicted_loss": loss}
 
 
 def width_of(task: Task) -> int:
     """Neurons of every layer afterwards."""
     values = spec.config_dict(task.folder())
     hidden, layers = values["hidden_size"], values["num_hidden_layers"]
-    present = values["intermediate_size"]
-    return neurons.width(
-        task.dense_mlp_params, task.sparsity, hidden, layers, task.settings.align, present=present
-    )
+    present, align = values["intermediate_size"], task.settings.align
+    return neurons.width(task.dense_mlp_params, task.sparsity, hidden, layers, align, present=present)
+
+
+def shallower(task: Task, dropped: Sequence[int]) -> Student:
+    """The model without these layers."""
+    model = task.load()
+    logger.info(f"drops layers {', '.join(map(str, dropped))} of {layer_count(model)}")
+    return Student(without_layers(model, dropped), {"dropped": list(dropped)})
+
+
+def layers_to_drop(task: Task) -> list[int]:
+    """As many layers as the sparsity comes nearest to, by the measured angles or the measured influence."""
+    measured, layers = task.stack_statistics(), spec.config_dict(task.folder())["num_hidden_layers"]
+    number = depth.count(layers, share_of(task))
+    if task.settings.drop == "block":
+        return depth.block(measured["angle"], number)
+    return depth.influence(measured["influence"], number)
+
+
+def masked(task: Task, task_map: TaskMap, masking: Masking) -> Student:
+    """The same shapes with zeros in them. `masking` is a function of a module's top level: it may travel."""
+    logger.info(f"{task.settings.method} masks of every MLP matrix")
+    for _ in task_map(publish_masked, [(task, masking)]):
+        pass
+    model, tensors = task.load(), task.published(MASKED, {})
+    assert tensors is not None, "the masks have just been made"
+    model.load_state_dict(tensors, strict=False)  # only the MLP matrices are in it
+    model.config.mlp_mask = task.settings.method
+    return Student(model, {})
+
+
+def publish_masked(task: Task, masking: Masking) -> None:
+    """A subtask: publishes every MLP matrix with its zeros."""
+    if task.published(MASKED, {}) is not None:
+        return
+    model = masking(task, task.load(task.device), share_of(task))
+    layers = [mlp_weights(model, layer) for layer in range(layer_count(model))]
+    tensors = {f"{name}.weight": weight.detach() for layer in layers for name, weight in layer.items()}
+    task.publish(MASKED, tensors, {})
+
+
+def wanda(task: Task, model: PreTrainedModel, share: float) -> PreTrainedModel:
+    return masks.wanda(model, sequences(task), share)
+
+
+def magnitude(task: Task, model: PreTrainedModel, share: float) -> PreTrainedModel:
+    return masks.magnitude(model, share)
 
 
 def share_of(task: Task) -> float:
@@ -149,14 +158,14 @@ def share_of(task: Task) -> float:
     return 1 - (1 - task.sparsity) * task.dense_mlp_params / spec.mlp_parameters(task.folder())
 
 
-def _sequences(task: Task) -> torch.Tensor:
+def sequences(task: Task) -> torch.Tensor:
     """The calibration text, int64 [B, L]."""
     assert task.texts is not None, f"{task.settings.method} has texts among its inputs"
     return tokens(calibrate.sample(task.store, task.texts, task.calibrate))
 
 
 def _targets(task: Task) -> list[Target]:
-    """What the cached teacher says of each calibration sequence at sdm's temperature."""
+    """The cached teacher's probabilities for each calibration sequence, at sdm's temperature."""
     from sparsekd_ray.distill.reader import SampleReader
 
     assert task.texts is not None and task.cache is not None, "sdm has texts and a cache among its inputs"
@@ -168,10 +177,10 @@ def _targets(task: Task) -> list[Target]:
     return reader.targets(calibrate.drawn(reader.samples, task.calibrate).tolist(), names)
 
 
-def _in_order(held: Tensors) -> list[torch.Tensor]:
+def _in_order(stored: Tensors) -> list[torch.Tensor]:
     order = ("gate_up_proj.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
-    return [held[key] for key in order if key in held]
+    return [stored[key] for key in order if key in stored]
 
 
-def _name(layer: int) -> str:
+def _mlp_name(layer: int) -> str:
     return f"mlp-{layer:03d}"

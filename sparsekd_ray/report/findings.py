@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from sparsekd_ray.prune.methods import named
 from sparsekd_ray.report.checks import checks
 from sparsekd_ray.report.comparing import TIE, change, compared, excess, of_kind, students, verdict, with_size
 from sparsekd_ray.report.document import CE, CONTROLS, KD, KL, Row, Summary
 from sparsekd_ray.report.formatting import count, number, percent, signed
 
 NEAR = 0.01  # of the MLP parameters: students closer than this in sparsity are compared as of one size
-MASKS = ("wanda", "magnitude")  # methods that zero weights and take none away
 
 
 def findings(summary: Summary) -> list[str]:
@@ -28,7 +28,7 @@ def headline(summary: Summary) -> str:
         pruned = "There was no round of pruning." if of_kind(summary, "baseline") else "Nothing was pruned."
         return f"{start} {pruned}"
     last, plural = rounds[-1], "s" if len(rounds) > 1 else ""
-    gone = "held at zero" if last["method"] in MASKS else "removed"
+    gone = "held at zero" if last["method"] in named("masked") else "removed"
     return (
         f"{start} After {len(rounds)} round{plural} of pruning and distillation the student has "
         f"{count(last['params'])} parameters, {percent(last['sparsity'], 0)} of the MLP parameters are "

@@ -42,6 +42,10 @@ def weights(store: Store, ref: Ref) -> dict[str, str]:
     }
 
 
+def metric(asked: Task) -> low_rank.Metric:
+    return low_rank.PLAIN if asked.settings.method == "svd" else low_rank.WHITENED
+
+
 def step(asked: Task) -> float:
     """The smallest change of sparsity by the method: half of one may be missing or over."""
     settings = asked.settings
@@ -96,7 +100,7 @@ def measured_loss(store: Store, asked: Task, names: Iterable[str]) -> dict[str, 
     inputs, losses = inputs_of(store, before, asked), {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        measured = asked.layer(int(name.split(".")[2]))
+        measured = asked.layer_statistics(int(name.split(".")[2]))
         x_Nn = inputs[name] if name in inputs else inputs[f"{parent}.gate_proj"]
         parts = [leaf] if f"fisher.{leaf}" in measured else ["gate_proj", "up_proj"]
         fisher_m = torch.cat([measured[f"fisher.{part}"].double() for part in parts])
@@ -118,7 +122,7 @@ def test_the_predicted_loss_is_what_the_outputs_miss_on_the_calibration_text(
     name: str, family: str, store: Store
 ) -> None:
     asked = pruning.task(store, DENSE[family], f"loss.{family}.{name}", SETTINGS[name], 0.4)
-    planned, facts = low_rank.plan(asked, map_local), finish(asked)
+    planned, facts = low_rank.plan(asked, map_local, metric(asked)), finish(asked)
     measured = measured_loss(store, asked, planned.shapes)
     assert planned.loss == pytest.approx(measured, rel=1e-3, abs=1e-9)
     assert facts["predicted_loss"] == pytest.approx(sum(measured.values()), rel=1e-3)
@@ -186,7 +190,7 @@ def test_gate_and_up_share_a_basis_where_that_loses_less(store: Store) -> None:
     shapes = {}
     for method in ("svd", "svd-whitened"):
         asked = pruning.task(store, ref, "crafted", Prune(method=method, allocation="optimal"), 0.3)
-        shapes[method] = list(low_rank.plan(asked, map_local).shapes)
+        shapes[method] = list(low_rank.plan(asked, map_local, metric(asked)).shapes)
     assert not any("gate_up" in name for name in shapes["svd"]) and len(shapes["svd"]) == 9
     assert [name for name in shapes["svd-whitened"] if ".0." in name or ".1." in name] == [
         f"model.layers.{tail}"
@@ -256,7 +260,7 @@ def test_a_killed_pruning_goes_on_with_what_is_missing_and_ends_the_same(
 def test_a_piece_of_another_rank_is_made_again(store: Store) -> None:
     asked = pruning.task(store, DENSE["phi3"], "another", SETTINGS["whitened"], 0.4)
     name = "model.layers.1.mlp.down_proj"
-    low_rank.factors(asked, name, 3)
+    low_rank.factors(asked, name, 3, metric(asked))
     finish(asked)
     model = loading.load(store.fetch(asked.out))
     assert model.get_submodule(f"{name}.A").weight.shape[0] == spec.mlp_ranks(model)[name] != 3
@@ -315,9 +319,11 @@ def test_an_energy_stands_for_the_sparsity_at_which_its_ranks_come_out(store: St
     settings = Prune(method="svd-whitened", allocation="energy")
     asked = pruning.task(store, DENSE["phi3"], "energy", settings, 0.5)
     shapes = spec.shapes_from_config(asked.folder())
-    ranks = {n: svd.energy_rank(torch.from_numpy(low_rank.spectrum(asked, n)), 0.7) for n in shapes}
-    sparsity = low_rank.sparsity_at(asked, 0.7, map_local)
-    planned = low_rank.plan(dataclasses.replace(asked, sparsity=sparsity), map_local)
+    ranks = {
+        n: svd.energy_rank(torch.from_numpy(low_rank.spectrum(asked, n, metric(asked))), 0.7) for n in shapes
+    }
+    sparsity = low_rank.sparsity_at(asked, 0.7, map_local, metric(asked))
+    planned = low_rank.plan(dataclasses.replace(asked, sparsity=sparsity), map_local, metric(asked))
     assert all(
         planned.ranks[n] == (r if r * sum(shapes[n]) < math.prod(shapes[n]) else None)
         for n, r in ranks.items()

@@ -5,12 +5,14 @@ from typing import get_args
 
 import pytest
 from cascades import LAPTOP, changed
+from lines import recorded
 
 from sparsekd_ray.cascade import console, job
 from sparsekd_ray.cascade.driver import next_batch
 from sparsekd_ray.cascade.estimate import parameters
 from sparsekd_ray.cascade.plan import plan
 from sparsekd_ray.cascade.steps import fingerprint
+from sparsekd_ray.compare import run
 from sparsekd_ray.config import Config, Method, Shape, load, parse
 from sparsekd_ray.errors import ConfigError
 
@@ -140,7 +142,7 @@ def test_a_budget_out_of_reach_is_refused_before_any_work():
         job.preflight(changed("cascade.rounds.2.sparsity", 0.999))
 
 
-BASELINE = {"sparsity": 0.5, "allocation": "uniform"}
+BASELINE = {"sparsity": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -226,11 +228,10 @@ def test_only_what_bears_on_a_method_is_its_identity(method, field, value, matte
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        ("prune.bias", True, "prune.bias is what svd-whitened adds .* svd has none"),
         (
-            "prune",
-            {"method": "sdm", "temperature": 0.25},
-            r"sdm reads the teacher at prune.temperature 0.25, .* add it to teacher.temperatures",
+            "cascade.baselines",
+            [BASELINE | {"method": "depth", "allocation": "uniform"}],
+            "allocation is uniform, and depth does not read it: leave it out",
         ),
         ("cascade.baselines", [BASELINE | {"method": "depth"}] * 2, "repeats a method at one sparsity"),
         ("distill.temperature", 3.0, "add it to teacher.temperatures"),
@@ -248,6 +249,56 @@ def test_only_what_bears_on_a_method_is_its_identity(method, field, value, matte
 def test_contradictions_are_explained(path, value, message):
     with pytest.raises(ConfigError, match=message):
         changed(path, value)
+
+
+@pytest.mark.parametrize(
+    "prune, message",
+    [
+        ({"bias": True}, "prune.bias is True, and svd does not read it: .* False, or choose svd-whitened"),
+        ({"method": "neurons", "allocation": "optimal"}, "prune.allocation is optimal, and neurons does not"),
+        (
+            {"method": "wanda", "storage": "gauge"},
+            "storage is gauge.* at factors, or choose svd or svd-whitened",
+        ),
+        ({"drop": "influence"}, "prune.drop is influence, and svd does not read it: .* or choose depth"),
+        (
+            {"method": "sdm", "temperature": 0.25},
+            "sdm reads the teacher at prune.temperature 0.25, .* add it to teacher.temperatures",
+        ),
+    ],
+)
+def test_a_setting_that_no_method_reads_is_refused_before_any_work(prune, message):
+    tree = load(LAPTOP).model_dump(mode="json")
+    tree["prune"] |= prune
+    tree["cascade"]["baselines"] = []
+    with pytest.raises(ConfigError, match=message):
+        job.preflight(parse(tree, "test"))
+    with pytest.raises(ConfigError, match=message):
+        run.plan_one(changed("prune", prune), 0.5)
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"method": "wanda", "align": 8},
+        {"storage": "gauge"},
+        {"method": "svd-whitened", "allocation": "optimal"},
+    ],
+)
+def test_settings_that_are_read_or_hold_of_every_method_pass(prune):
+    job.preflight(changed("prune", prune))
+
+
+def test_a_setting_that_only_a_baseline_reads_is_said():
+    tree = load(LAPTOP).model_dump(mode="json")
+    tree["prune"] |= {"method": "neurons", "storage": "gauge"}
+    tree["cascade"]["baselines"] = [BASELINE | {"method": "svd"}]
+    with recorded() as lines:
+        steps = {step.name: step for step in job.preflight(parse(tree, "test"))}
+    assert steps["svd 50% pruned"].identity["storage"] == "gauge"
+    assert "storage" not in steps["round 1 pruned"].identity
+    (line,) = lines
+    assert "prune.storage is gauge, and neurons does not read it: only the baselines by svd do" in line
 
 
 def test_an_unknown_key_names_the_nearest_one_and_a_bad_file_itself(tmp_path):

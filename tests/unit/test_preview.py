@@ -33,18 +33,18 @@ def test_the_table_is_what_the_pruning_does(name: str, family: str, store: Store
         "spectra are kept, no model is made"
     )
     total, facts = preview.total(rows), finish(asked)
-    assert total["parameters"] == facts["mlp_params"] and total["dense"] == asked.dense_mlp_params
-    assert total["becomes"] == f"−{facts['sparsity']:.2%}"
+    assert total.parameters == facts["mlp_params"] and total.dense == asked.dense_mlp_params
+    assert total.becomes == f"−{facts['sparsity']:.2%}"
     if name in PREDICTED:
-        assert total["predicted loss"] == pytest.approx(facts["predicted_loss"])
+        assert total.predicted_loss == pytest.approx(facts["predicted_loss"])
     else:
-        assert total["predicted loss"] is None
+        assert total.predicted_loss is None
     for row in rows if asked.settings.method not in ("depth", "wanda", "magnitude") else ():
-        parts = [row["matrix"]]
-        if family == "qwen3" and row["becomes"] == "dense":  # a joint name, where both stay
-            parts += [row["matrix"].replace("gate_up", part) for part in ("gate", "up")]
+        parts = [row.matrix]
+        if family == "qwen3" and row.becomes == "dense":  # a joint name, where both stay
+            parts += [row.matrix.replace("gate_up", part) for part in ("gate", "up")]
         found = sum(elements(store.fetch(asked.out), f"{part}.")[0] for part in dict.fromkeys(parts))
-        assert row["parameters"] == found, row
+        assert row.parameters == found, row
 
 
 @pytest.mark.parametrize("storage", ["factors", "gauge"])
@@ -54,10 +54,10 @@ def test_the_table_of_a_second_round(storage: str, store: Store) -> None:
     finish(one)
     two = pruning.task(store, one.out, f"two.{storage}", settings, 0.5, dense=DENSE["phi3"])
     rows = preview.table(two, map_local)
-    assert preview.total(rows)["parameters"] == finish(two)["mlp_params"]
+    assert preview.total(rows).parameters == finish(two)["mlp_params"]
     ranks = spec.mlp_ranks(store.fetch(two.out))
-    assert {row["matrix"]: row["becomes"] for row in rows} == {
-        row["matrix"]: f"rank {ranks[row['matrix']]}" if row["matrix"] in ranks else "dense" for row in rows
+    assert {row.matrix: row.becomes for row in rows} == {
+        row.matrix: f"rank {ranks[row.matrix]}" if row.matrix in ranks else "dense" for row in rows
     }
 
 
