@@ -44,12 +44,21 @@ def parse(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows as columns; a value that a row lacks or that is None as –."""
+    """Prints rows as columns as wide as they need; a value that a row lacks or that is None as –."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     names = list(dict.fromkeys(name for row in rows for name in row))
-    shown = [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(name), *(len(row[i]) for row in shown)) for i, name in enumerate(names)]
-    for line in [names, *shown]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in names:
+        texts = any(isinstance(row.get(name), str) for row in rows)
+        drawn.add_column(escape(name), justify="left" if texts else "right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*(escape(_cell(row.get(name))) for name in names))
+    # a log file has no width: without one of its own the table would be cut at 80 columns
+    width = Console(width=10_000).measure(drawn).maximum
+    Console(width=max(width, 1), soft_wrap=True, highlight=False).print(drawn)
 
 
 def _cell(value: Any) -> str:
