@@ -1,15 +1,22 @@
 """The documents: links lead somewhere, commands name files that exist, the reader of the cache's format reads one."""
 
+import dataclasses
 import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pruning
 import pyarrow as pa
 import pytest
 import torch
 
+from sparsekd_ray.config import Prune
+from sparsekd_ray.model.mlp import layer_count, mlp_weights
+from sparsekd_ray.prune.methods import MethodSpec
+from sparsekd_ray.runtime.tasks import map_local
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.signal import topk
@@ -68,3 +75,23 @@ def test_the_documented_program_reads_a_plain_cache(tmp_path: Path) -> None:
     kept_NK = np.take_along_axis(p_NV, read["ids"], -1)
     np.testing.assert_allclose(np.exp(read["logprobs_T"]), kept_NK, atol=1e-6)
     np.testing.assert_allclose(read["tail"], 1 - kept_NK.sum(-1), atol=1e-6)
+
+
+def test_the_documented_method_prunes_to_the_budget(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adding-a-method.md").read_text()
+    program = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert program is not None
+    module: dict[str, Any] = {}
+    exec(program[1], module)
+    (method,) = module["METHODS"]
+    store = pruning.prepare(tmp_path)
+    task = pruning.task(store, pruning.DENSE["qwen3"], "random", Prune(method="magnitude"), 0.35)
+    student = method.student(task, map_local).model
+    weights = [
+        weight for layer in range(layer_count(student)) for weight in mlp_weights(student, layer).values()
+    ]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    assert zeros == pytest.approx(0.35 * sum(weight.numel() for weight in weights), rel=1e-3)
+    assert [row.matrix for row in method.preview(task, map_local)]
+    described = set(re.findall(r"`(\w+)`", page))
+    assert {field.name for field in dataclasses.fields(MethodSpec)} <= described
