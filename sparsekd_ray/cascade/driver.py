@@ -18,7 +18,7 @@ import ray
 
 from sparsekd_ray.cascade import console, stages
 from sparsekd_ray.cascade.steps import Step
-from sparsekd_ray.config import Config, Execution
+from sparsekd_ray.config import Config, Distill, Execution
 from sparsekd_ray.runtime.cluster import connected, unwrapped
 from sparsekd_ray.runtime.logging import forwarding, headline, listening
 from sparsekd_ray.runtime.tasks import map_local, map_on_ray
@@ -69,7 +69,7 @@ def next_batch(pending: list[Step], apart: bool = False) -> list[Step]:
     A step that is ready and is no distillation runs alone, captures after the others: Ray keeps a process for the
     next task only until actors want its CPU. When only distillations are ready, a worker group starts, which costs
     more than a small distillation: it also takes all that becomes possible by its own work, up to the next capture
-    and, with `apart`, up to the next work in pieces, which large models want on all GPUs.
+    and, with `apart`, up to the next work in tasks of its own, which large models want on all GPUs.
     """
     waiting = {step.name for step in pending}
     ready = [step for step in pending if not waiting & set(step.inputs.values())]
@@ -77,7 +77,7 @@ def next_batch(pending: list[Step], apart: bool = False) -> list[Step]:
     if alone:
         return alone[:1]
     group: list[Step] = []
-    outside = ("cache", *stages.IN_PIECES) if apart else ("cache",)
+    outside = ("cache", *stages.MAPPED) if apart else ("cache",)
     for step in pending:
         if step.kind not in outside and not waiting & set(step.inputs.values()):
             group.append(step)
@@ -102,7 +102,7 @@ def _make(batch: list[Step], steps: list[Step], config: Config, store: Store, lo
         _capture(step, parents, config, store)
     else:
         resources = {"num_cpus": config.execution.threads, "num_gpus": int(config.execution.gpus)}
-        if step.kind in stages.IN_PIECES:  # whose pieces take what they need
+        if step.kind in stages.MAPPED:  # whose tasks take what they need
             resources = {"num_cpus": 0, "num_gpus": 0}
         task = _run_stage.options(**resources).remote(step, parents, store, config.execution, log_queue)
         unwrapped(lambda: ray.get(task))
@@ -142,6 +142,7 @@ def _train(batch: list[Step], steps: list[Step], config: Config, store: Store, l
 def _job(step: Step, steps: list[Step]) -> Any:
     from sparsekd_ray.distill.loop import Job
 
+    assert isinstance(step.settings, Distill), f"{step.name} is a distillation"
     by_name = {step.name: step for step in steps}
     parents = {role: by_name[name].ref for role, name in step.inputs.items()}
     return Job(

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsekd_ray.cascade.steps import Step
-from sparsekd_ray.config import Execution
+from sparsekd_ray.cascade.steps import ExportSettings, PruneSettings, Step, TokenizerSettings
+from sparsekd_ray.config import Calibrate, Corpus, Evaluate, Execution, Model, Standin
 from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.store.checkpoints import Checkpoints
@@ -20,17 +20,17 @@ from sparsekd_ray.store.checkpoints import Checkpoints
 if TYPE_CHECKING:
     from sparsekd_ray.prune.task import Task
 
-IN_PIECES = ("statistics", "prune")  # kinds of step whose work is in independent pieces
+MAPPED = ("statistics", "prune")  # kinds of step that give out tasks of their own through a TaskMap
 
 
-def run(step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: TaskMap) -> None:
-    """Makes the artifact of `step`; `parents` maps its roles to the artifacts they name; `each` runs its pieces."""
+def run(step: Step, parents: dict[str, Ref], store: Store, execution: Execution, task_map: TaskMap) -> None:
+    """Makes the artifact of `step`. `parents` maps its roles to the artifacts they name."""
     started = time.monotonic()
     with store.building(step.ref) as out:
-        if step.kind in IN_PIECES:
-            metrics = _in_pieces(step, parents, store, execution, each)
+        if step.kind in MAPPED:
+            metrics = _mapped(step, parents, store, execution, task_map)
         else:
-            metrics = _stage(step, parents, out, store, execution.gpus)
+            metrics = _made(step, parents, out, store, execution.gpus)
     store.commit(
         step.ref,
         identity=step.identity,
@@ -40,67 +40,73 @@ def run(step: Step, parents: dict[str, Ref], store: Store, execution: Execution,
     )
 
 
-def _stage(step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: bool) -> dict[str, Any]:
+def _made(step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: bool) -> dict[str, Any]:
+    """Fills `out` in this process; the metrics."""
     inputs = {role: store.fetch(ref) for role, ref in parents.items()}
-    match step.kind:
-        case "tokenizer":
+    match step.settings:
+        case TokenizerSettings(texts=texts, standin=standin):
             from sparsekd_ray import corpus
             from sparsekd_ray.standin import pretrain
 
-            texts, settings = step.settings
             documents = corpus.train_documents(texts.sources, step.seed, texts.held_out)
-            return pretrain.train_tokenizer(documents, settings.vocab, texts.seq_len, out)
-        case "corpus":
+            return pretrain.train_tokenizer(documents, standin.vocab, texts.seq_len, out)
+        case Corpus() as settings:
             from sparsekd_ray import corpus
 
-            return corpus.build(step.settings, inputs["tokenizer"], out, seed=step.seed)
-        case "dense" if "texts" in inputs:
+            return corpus.build(settings, inputs["tokenizer"], out, seed=step.seed)
+        case Standin() as settings:
             from sparsekd_ray.standin import pretrain
 
-            kept = Checkpoints(store, step.ref)
-            return pretrain.pretrain(step.settings, inputs["texts"], out, seed=step.seed, checkpoints=kept)
-        case "dense":
+            checkpoints = Checkpoints(store, step.ref)
+            return pretrain.pretrain(settings, inputs["texts"], out, seed=step.seed, checkpoints=checkpoints)
+        case Model() as settings:
             from sparsekd_ray.model import hub
 
-            return hub.import_model(step.settings, out)
-        case "evaluate":
-            return _evaluate(step, inputs, out, gpu)
-        case "export":
+            return hub.import_model(settings, out)
+        case Evaluate() as settings:
+            return _evaluate(settings, inputs, out, gpu)
+        case ExportSettings() as settings:
             from sparsekd_ray.model.export import export
 
-            return export(inputs["model"], out, card_facts=_card_facts(step, parents, inputs))
+            return export(inputs["model"], out, card_facts=_card_facts(settings, parents, inputs))
     raise AssertionError(f"no stage makes a {step.kind}")
 
 
-def _in_pieces(
-    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, each: TaskMap
+def _mapped(
+    step: Step, parents: dict[str, Ref], store: Store, execution: Execution, task_map: TaskMap
 ) -> dict[str, Any]:
-    run: dict[str, Any] = {"store": store, "gpu": execution.gpus, "each": each}
-    if step.kind == "statistics":
-        from sparsekd_ray.prune.calibrate import calibrate
+    """Makes the artifact by tasks that may run anywhere; the metrics."""
+    if not isinstance(step.settings, Calibrate):
+        from sparsekd_ray.prune.run import prune
 
-        groups = execution.actors
-        return calibrate(
-            parents["model"], parents["texts"], step.ref, settings=step.settings, groups=groups, **run
-        )
-    from sparsekd_ray.prune.run import prune
+        return prune(prune_task(step, parents, store, execution.gpus), task_map)
+    from sparsekd_ray.prune.calibrate import calibrate
 
-    return prune(prune_task(step, parents, store, execution.gpus), each)
+    return calibrate(
+        parents["model"],
+        parents["texts"],
+        step.ref,
+        settings=step.settings,
+        groups=execution.actors,
+        store=store,
+        gpu=execution.gpus,
+        task_map=task_map,
+    )
 
 
 def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> Task:
     """What a step of kind prune is asked to do."""
     from sparsekd_ray.prune.task import Task
 
-    sparsity, settings, calibration = step.settings
+    assert isinstance(step.settings, PruneSettings), f"{step.name} is a pruning"
     return Task(
         store=store,
         model=parents["model"],
         out=step.ref,
-        settings=settings,
-        sparsity=sparsity,
+        settings=step.settings.prune,
+        sparsity=step.settings.sparsity,
         dense_mlp_params=_metrics(store, parents["dense"])["mlp_params"],
-        calibrate=calibration,
+        calibrate=step.settings.calibrate,
         statistics=parents.get("statistics"),
         texts=parents.get("texts"),
         cache=parents.get("cache"),
@@ -108,7 +114,7 @@ def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> 
     )
 
 
-def _evaluate(step: Step, inputs: dict[str, Path], out: Path, gpu: bool) -> dict[str, Any]:
+def _evaluate(settings: Evaluate, inputs: dict[str, Path], out: Path, gpu: bool) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from sparsekd_ray import corpus
@@ -122,7 +128,7 @@ def _evaluate(step: Step, inputs: dict[str, Path], out: Path, gpu: bool) -> dict
         for domain, rows in corpus.domain_streams(inputs["texts"], "test").items()
     }
     tokenizer = AutoTokenizer.from_pretrained(inputs["texts"] / "tokenizer")
-    figures = evaluate(model, tokenizer, texts, step.settings.protocols)
+    figures = evaluate(model, tokenizer, texts, settings.protocols)
     (out / "perplexity.json").write_text(json.dumps(figures, indent=1, sort_keys=True))
     return dict(figures)
 
@@ -134,12 +140,12 @@ def _metrics(store: Store, ref: Ref) -> dict[str, Any]:
     return record["metrics"]
 
 
-def _card_facts(step: Step, parents: dict[str, Ref], inputs: dict[str, Path]) -> dict[str, Any]:
+def _card_facts(settings: ExportSettings, parents: dict[str, Ref], inputs: dict[str, Path]) -> dict[str, Any]:
     figures = json.loads((inputs["figures"] / "perplexity.json").read_text())
     dense = json.loads((inputs["dense"] / "perplexity.json").read_text())
     return {
-        "sparsity": step.identity["sparsity"],
-        "method": step.identity["method"],
+        "sparsity": settings.sparsity,
+        "method": settings.method,
         "distilled": parents["model"].kind == "distill",
         "perplexity": figures,
         "dense_perplexity": dense,

@@ -1,55 +1,81 @@
-"""The parts of a plan: steps, and the functions that add the usual ones to a plan.
-
-A step's fingerprint is a digest of what bears on its numbers: its own settings and its inputs' fingerprints. Nothing
-of `execution` enters it, so another store, another number of GPUs or a second machine finds the same artifacts.
-"""
+"""The parts of a plan: steps, and the functions that add the usual ones to a plan."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparsekd_ray.config import Config, Corpus, Distill, Prune, Settings, Source, Standin
+from sparsekd_ray.cascade import fingerprint
+from sparsekd_ray.config import (
+    Calibrate,
+    Config,
+    Corpus,
+    Distill,
+    Evaluate,
+    Model,
+    Prune,
+    Settings,
+    Source,
+    Standin,
+    Teacher,
+)
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import hub
 from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.store import Ref
 
-# raised when a stage's code changes what it computes, so that older artifacts are not taken for new ones
-VERSIONS = {
-    "tokenizer": 1,
-    "corpus": 2,
-    "dense": 2,
-    "cache": 2,
-    "statistics": 1,
-    "prune": 2,
-    "distill": 1,
-    "evaluate": 2,
-    "export": 2,
-}
+Identify = Callable[[Source], dict[str, Any]]
+"""What of a text source bears identity: its files' digests, or a hub revision."""
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Settings of the stand-in's tokenizer: the texts that it is trained on, and its vocabulary."""
+
+    texts: Corpus
+    standin: Standin
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """Settings of one pruning: `sparsity` of the dense model's MLP parameters, by the method in `prune`."""
+
+    sparsity: float
+    prune: Prune
+    calibrate: Calibrate
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What an export says of its student."""
+
+    sparsity: float
+    method: str
+
+
+StepSettings = (
+    TokenizerSettings | Corpus | Model | Standin | Teacher | Calibrate | PruneSettings | Distill | Evaluate
+    | ExportSettings
+)  # fmt: skip
+"""One type for each function that makes an artifact: `stages` matches on it."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One artifact to be made: `inputs` maps a role to the name of the step that makes it."""
+    """One artifact to be made. `inputs` maps a role to the name of the step that makes it."""
 
     name: str
     kind: str
     ref: Ref
     identity: dict[str, Any]
     inputs: dict[str, str]
-    settings: Any = None
+    settings: StepSettings
     seed: int = 0
 
 
-Identify = Callable[[Source], dict[str, Any]]
-
-
 class PlanBuilder:
-    """Steps in order of addition; a step with a fingerprint already there is the same step under its first name."""
+    """Steps in order of addition. A step whose fingerprint is there already is that step, under its first name."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -63,36 +89,19 @@ class PlanBuilder:
         label: str,
         identity: dict[str, Any],
         inputs: dict[str, str],
-        settings: Any = None,
+        settings: StepSettings,
         seed: int = 0,
     ) -> None:
         parents = {role: self.names[parent] for role, parent in inputs.items()}
-        digest = fingerprint(
-            {
-                "kind": kind,
-                "version": VERSIONS[kind],
-                "identity": identity,
-                "inputs": {role: parent.ref.fingerprint for role, parent in parents.items()},
-            }
+        digest = fingerprint.of_step(
+            kind, identity, {role: parent.ref.fingerprint for role, parent in parents.items()}
         )
-        step = Step(
-            name,
-            kind,
-            Ref(kind, label, digest),
-            identity,
-            {role: parent.name for role, parent in parents.items()},
-            settings,
-            seed,
-        )
+        first_names = {role: parent.name for role, parent in parents.items()}
+        step = Step(name, kind, Ref(kind, label, digest), identity, first_names, settings, seed)
         known = next((s for s in self.steps if s.ref == step.ref), None)
         self.names[name] = known or step
         if known is None:
             self.steps.append(step)
-
-
-def fingerprint(value: Any) -> str:
-    """First 12 hex digits of the SHA-256 of `value` as canonical JSON; refuses what has no canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
 
 def dense(builder: PlanBuilder, identify: Identify, model_identity: Mapping[str, Any]) -> None:
@@ -136,7 +145,7 @@ def _standin(builder: PlanBuilder, config: Config, standin: Standin, identify: I
         f"bpe-{standin.vocab}",
         _corpus_identity(texts, identify, config.seed) | {"vocab": standin.vocab},
         {},
-        (texts, standin),
+        TokenizerSettings(texts, standin),
         config.seed,
     )
     _corpus(builder, identify, "tokenizer")
@@ -153,7 +162,7 @@ def _standin(builder: PlanBuilder, config: Config, standin: Standin, identify: I
         "dense",
         "dense",
         f"standin-{standin.hidden}x{standin.layers}",
-        _plain(standin, "sources", "unseen") | {"seed": config.seed},
+        _values(standin, "sources", "unseen") | {"seed": config.seed},
         {"texts": "pretraining text"},
         standin,
         config.seed,
@@ -175,17 +184,17 @@ def prune(
         inputs["statistics"] = title = f"statistics {source}" + ("" if seed is None else f" · draw {seed}")
         texts = {"model": source, "texts": "corpus"}
         builder.add(
-            title, "statistics", f"{calibrate.samples}-sequences", _plain(calibrate), texts, calibrate
+            title, "statistics", f"{calibrate.samples}-sequences", _values(calibrate), texts, calibrate
         )
     if "texts" in needs:
-        identity |= {"calibrate": _plain(calibrate)}
+        identity |= {"calibrate": _values(calibrate)}
         inputs["texts"] = "corpus"
     if "cache" in needs:
         _check_temperature(settings, builder.config)
         inputs["cache"] = cache(builder, "dense")
     words = [method.name, settings.allocation if "allocation" in method.settings else None]
     label = "-".join([word for word in words if word] + [percent(sparsity).rstrip("%")])
-    builder.add(name, "prune", label, identity, inputs, (sparsity, settings, calibrate))
+    builder.add(name, "prune", label, identity, inputs, PruneSettings(sparsity, settings, calibrate))
 
 
 def _check_temperature(settings: Prune, config: Config) -> None:
@@ -204,7 +213,7 @@ def cache(builder: PlanBuilder, teacher: str) -> str:
     sampled = f"sampled{settings.bytes_per_token:g}"
     label = f"top{settings.k}" if settings.signal == "topk" else sampled
     inputs = {"teacher": teacher, "texts": "corpus"}
-    builder.add(f"cache {teacher}", "cache", label, _plain(settings), inputs, settings)
+    builder.add(f"cache {teacher}", "cache", label, _values(settings), inputs, settings)
     return f"cache {teacher}"
 
 
@@ -213,7 +222,7 @@ def distill(builder: PlanBuilder, name: str, settings: Distill, seed: int, stude
         name,
         "distill",
         f"a{settings.alpha:g}-lr{settings.lr:g}-s{seed}",
-        _plain(settings) | {"seed": seed},
+        _values(settings) | {"seed": seed},
         {"student": student, "cache": signal, "texts": "corpus"},
         settings,
         seed,
@@ -222,22 +231,23 @@ def distill(builder: PlanBuilder, name: str, settings: Distill, seed: int, stude
 
 def evaluate(builder: PlanBuilder, model: str) -> None:
     settings, inputs = builder.config.evaluate, {"model": model, "texts": "corpus"}
-    builder.add(f"evaluate {model}", "evaluate", "ppl", _plain(settings), inputs, settings)
+    builder.add(f"evaluate {model}", "evaluate", "ppl", _values(settings), inputs, settings)
 
 
 def export(builder: PlanBuilder, model: str, sparsity: float, method: str) -> None:
     """The directories that stock tools load."""
     inputs = {"model": model, "figures": f"evaluate {model}", "dense": "evaluate dense"}
     label = f"student-minus-{percent(sparsity).rstrip('%')}"
-    builder.add(f"export {model}", "export", label, {"sparsity": sparsity, "method": method}, inputs)
+    identity, settings = {"sparsity": sparsity, "method": method}, ExportSettings(sparsity, method)
+    builder.add(f"export {model}", "export", label, identity, inputs, settings)
 
 
 def _corpus_identity(texts: Corpus, identify: Identify, seed: int) -> dict[str, Any]:
     sources = [identify(source) | {"name": source.name, "weight": source.weight} for source in texts.sources]
-    return _plain(texts, "sources") | {"sources": sources, "seed": seed}
+    return _values(texts, "sources") | {"sources": sources, "seed": seed}
 
 
-def _plain(settings: Settings, *without: str) -> dict[str, Any]:
+def _values(settings: Settings, *without: str) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=set(without))
 
 

@@ -1,6 +1,6 @@
 """The whole settings tree: what a run computes (identity) and, apart from it, where and how it runs (execution).
 
-Everything outside `Execution` changes the numbers and is fingerprinted, stage by stage, in `cascade/steps.py`;
+Everything outside `Execution` changes the numbers and is fingerprinted, stage by stage, in `cascade/fingerprint.py`;
 nothing inside `Execution` ever is. A YAML file under `jobs/configs/` holds only what differs from the defaults
 written here; dotted options on the command line come last: defaults < YAML < `--distill.lr 3e-4`.
 """

@@ -1,11 +1,10 @@
 """The calibrate stage: statistics of a model on a sample of the corpus, once, for every pruning method and budget.
 
 The artifact: `layer-000.safetensors`, … (see `statistics.collect`), `stack.safetensors` (see `statistics.stack`) and
-`manifest.json`. Layers are shared out in pieces that may run anywhere: each loads the model and reads all calibration
-sequences, so that no two pieces' sums need merging, and publishes a file per layer. The same files result, byte for
-byte, from any number of pieces on the same kind of CPU (on a GPU the backward pass of attention may add in another
-order: Fisher scalars then differ in their last bits), and a layer that was published before a kill is not measured
-again.
+`manifest.json`. Groups of layers are tasks that may run anywhere. Each task loads the model, reads all calibration
+sequences, so that no sums of two tasks need merging, and publishes a file per layer. The files are the same, byte for
+byte, for any number of tasks on one kind of CPU. On a GPU the backward pass of attention may add in another order:
+Fisher scalars then differ in their last bits. A layer that was published before a kill is not measured again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +37,24 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STACK = "stack.safetensors"
-PIECE_BYTES = 4 * 2**30  # of Gram matrices that one piece holds at a time, unless one layer's are more
+TASK_BYTES = 4 * 2**30  # of Gram matrices that one task holds at a time, unless one layer's are more
 TOKENS_PER_INPUT = 4  # below which a Gram matrix is too noisy to trust
+
+
+class Manifest(TypedDict):
+    """What was measured, on what, and how much of it. `model` and `corpus` are fingerprints."""
+
+    model: str
+    corpus: str
+    family: str
+    hidden: int
+    inner: int
+    layers: int
+    sequences: int
+    tokens: int
+    samples_sha256: str
+    seed: int
+    dtype: str
 
 
 def calibrate(
@@ -51,46 +66,47 @@ def calibrate(
     groups: int,
     store: Store,
     gpu: bool,
-    each: TaskMap,
-) -> dict[str, Any]:
+    task_map: TaskMap,
+) -> dict[str, int]:
     """Fills `out`'s working directory with statistics of `model` on training rows of `texts`; returns the metrics.
 
-    `groups`: pieces to share the layers out to, at least. CorpusError if there are fewer rows than
+    groups: the least number of tasks that the layers are shared out to. Raises CorpusError if there are fewer rows than
     `settings.samples`, ConfigError if they hold fewer tokens than the widest matrix has inputs, ModelError for a
     model that is not supported or whose weights or activations are not finite.
     """
     manifest = _manifest(model, texts, settings, store, gpu)
     _check_tokens(manifest)
-    names = [STACK, *(layer_name(index) for index in range(manifest["layers"]))]
+    layers = range(manifest["layers"])
+    names = [STACK, *(layer_name(index) for index in layers)]
     done = set(store.published(out))
-    todo = [index for index in range(manifest["layers"]) if layer_name(index) not in done]
+    todo = [index for index in layers if layer_name(index) not in done]
     if done & set(names):
-        logger.info(f"{manifest['layers'] - len(todo)} of {manifest['layers']} layers are there already")
-    pieces = partition(todo, groups, gram_bytes(manifest))
+        logger.info(f"{len(layers) - len(todo)} of {len(layers)} layers are there already")
+    parts = partition(todo, groups, gram_bytes(manifest))
     if STACK not in done:
-        pieces = [[], *pieces]
+        parts = [[], *parts]
     left = len(todo)
-    for index, _ in each(measure, [(store, model, texts, out, settings, gpu, piece) for piece in pieces]):
-        left -= len(pieces[index])
-        logger.info(f"{manifest['layers'] - left}/{manifest['layers']} layers measured")
+    for index, _ in task_map(measure, [(store, model, texts, out, settings, gpu, part) for part in parts]):
+        left -= len(parts[index])
+        logger.info(f"{len(layers) - left}/{len(layers)} layers measured")
     if missing := sorted(set(names) - set(store.published(out))):
         raise IntegrityError(f"calibration ended without {len(missing)} files, the first is {missing[0]}")
     (store.workdir(out) / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    return {key: manifest[key] for key in ("tokens", "sequences", "layers")}
+    return {"tokens": manifest["tokens"], "sequences": manifest["sequences"], "layers": manifest["layers"]}
 
 
 def measure(
     store: Store, model: Ref, texts: Ref, out: Ref, settings: Calibrate, gpu: bool, layers: Sequence[int]
 ) -> None:
-    """One piece: measures and publishes these layers, or the stack if it names none."""
-    done = set(store.published(out))  # by an attempt at this piece that was killed
+    """One task: measures and publishes these layers, or the stack if it names none."""
+    done = set(store.published(out))  # by an attempt at this task that was killed
     todo = [index for index in layers if layer_name(index) not in done]
     if not todo and (layers or STACK in done):
         return
     if not gpu:
-        torch.set_num_threads(1)  # first attempt or last piece left: the last bits of a sum depend on it
+        torch.set_num_threads(1)  # first attempt or last task left: the last bits of a sum depend on it
     ids_BL = tokens(sample(store, texts, settings))
-    # the first piece of a machine downloads the weights, the others find them
+    # the first task of a machine downloads the weights, the others find them
     directory = store.fetch(model)
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     loaded = loading.load(directory, dtype=dtype, device=device)
@@ -99,19 +115,19 @@ def measure(
     if not todo:
         _publish(store, out, STACK, statistics.stack(loaded, ids_BL))
         return
-    found = statistics.collect(loaded, ids_BL, todo)
+    measured = statistics.collect(loaded, ids_BL, todo)
     for index in todo:
-        _publish(store, out, layer_name(index), found.pop(index))
+        _publish(store, out, layer_name(index), measured.pop(index))
 
 
 def partition(layers: Sequence[int], groups: int, layer_bytes: int) -> list[list[int]]:
-    """Consecutive layers in `groups` nearly equal parts, or in more where a part would exceed `PIECE_BYTES`."""
-    most = max(1, PIECE_BYTES // layer_bytes)
+    """Consecutive layers in `groups` nearly equal parts, or in more where a part would exceed `TASK_BYTES`."""
+    most = max(1, TASK_BYTES // layer_bytes)
     count = min(len(layers), max(groups, math.ceil(len(layers) / most)))
     return [part.tolist() for part in np.array_split(np.array(layers, dtype=int), count)] if count else []
 
 
-def gram_bytes(manifest: dict[str, Any]) -> int:
+def gram_bytes(manifest: Manifest) -> int:
     """Memory of one layer's Gram matrices."""
     return 4 * (manifest["hidden"] ** 2 + manifest["inner"] ** 2)
 
@@ -135,7 +151,7 @@ def sample(store: Store, texts: Ref, settings: Calibrate) -> pa.Table:
 
 
 def drawn(rows: int, settings: Calibrate) -> np.ndarray:
-    """Which of so many training rows, rising."""
+    """The indices of the calibration rows among so many training rows, rising."""
     generator = np.random.default_rng(settings.seed)
     return np.sort(generator.choice(rows, settings.samples, replace=False))
 
@@ -144,9 +160,10 @@ def layer_name(index: int) -> str:
     return f"layer-{index:03d}.safetensors"
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a statistics artifact: what was measured, on what, and how much of it."""
-    return json.loads((folder / MANIFEST).read_text())
+def read(folder: Path) -> Manifest:
+    """The manifest of a statistics artifact."""
+    manifest: Manifest = json.loads((folder / MANIFEST).read_text())
+    return manifest
 
 
 def layer(folder: Path, index: int) -> dict[str, Tensor]:
@@ -159,7 +176,7 @@ def stack(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / STACK)
 
 
-def check(manifest: dict[str, Any], model_fingerprint: str) -> None:
+def check(manifest: Manifest, model_fingerprint: str) -> None:
     """ModelError unless the statistics are of the model with this fingerprint."""
     if manifest["model"] != model_fingerprint:
         raise ModelError(
@@ -168,7 +185,7 @@ def check(manifest: dict[str, Any], model_fingerprint: str) -> None:
         )
 
 
-def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bool) -> dict[str, Any]:
+def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bool) -> Manifest:
     values = spec.config_dict(store.fetch(model, ["config.json"]))
     family, rows = spec.check_supported(values), sample(store, texts, settings)
     count, length = tokens(rows).shape
@@ -188,19 +205,21 @@ def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bo
     }
 
 
-def _check_tokens(manifest: dict[str, Any]) -> None:
-    """A Gram matrix of fewer tokens than inputs is singular for want of text, not for what the model does."""
-    inputs, found = max(manifest["hidden"], manifest["inner"]), manifest["tokens"]
-    length = found // manifest["sequences"]
-    told = (
-        f"calibrate.samples {manifest['sequences']} × {length} tokens = {found:,} tokens, the widest matrix has "
+def _check_tokens(manifest: Manifest) -> None:
+    """ConfigError for fewer tokens than inputs: the Gram matrix is singular then for want of text."""
+    inputs, tokens_read = max(manifest["hidden"], manifest["inner"]), manifest["tokens"]
+    length = tokens_read // manifest["sequences"]
+    counts = (
+        f"calibrate.samples {manifest['sequences']} × {length} tokens = {tokens_read:,} tokens, the widest matrix has "
         f"{inputs:,} inputs"
     )
     advice = f"set calibrate.samples to {math.ceil(TOKENS_PER_INPUT * inputs / length)} or more"
-    if found < inputs:
-        raise ConfigError(f"{told}: at least as many are needed, better {TOKENS_PER_INPUT} times; {advice}")
-    if found < TOKENS_PER_INPUT * inputs:
-        logger.warning(f"{told}, fewer than {TOKENS_PER_INPUT} for each: the statistics are noisy; {advice}")
+    if tokens_read < inputs:
+        raise ConfigError(f"{counts}: at least as many are needed, better {TOKENS_PER_INPUT} times; {advice}")
+    if tokens_read < TOKENS_PER_INPUT * inputs:
+        logger.warning(
+            f"{counts}, fewer than {TOKENS_PER_INPUT} for each: the statistics are noisy; {advice}"
+        )
 
 
 def _publish(store: Store, out: Ref, name: str, tensors: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sparsekd_ray.cascade.steps import Step, seeded
-from sparsekd_ray.config import Baseline, Config, Round
+from sparsekd_ray.config import Baseline, Config, Distill, Round
 from sparsekd_ray.report.document import CONTROLS, Kind, Row
 
 Records = Mapping[str, dict[str, Any]]
@@ -70,6 +70,7 @@ def _trained_row(index: RunIndex, title: str, kind: Kind, name: str) -> Row:
     row["teacher"] = "dense"
     row["teacher_ppl"] = index.evaluation(teacher)["paper"]["ppl"]
     row["trained_tokens"] = _trained_tokens(index, first)
+    assert isinstance(step.settings, Distill), f"{step.name} is a distillation"
     row["lr"] = step.settings.lr
     row["stopped"] = metrics["stopped"]
     return row

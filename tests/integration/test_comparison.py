@@ -111,8 +111,8 @@ def records(distilled: bool) -> dict[str, tuple[Step, dict[str, Any]]]:
     for name, step in planned(distilled=distilled)[1].items():
         metrics: dict[str, Any] = {"params": 1000, "mlp_params": 800}
         if step.kind == "prune":
-            metrics |= {"mlp_params": round(800 * (1 - step.settings[0])), "predicted_loss": 0.5}
-            metrics |= {"sparsity": step.settings[0]}
+            metrics |= {"mlp_params": round(800 * (1 - step.settings.sparsity)), "predicted_loss": 0.5}
+            metrics |= {"sparsity": step.settings.sparsity}
         if step.kind == "evaluate":
             ppl = 8.0 if "distilled" in name else 10.0 + float(name[-1]) if "draw" in name else 5.0
             metrics = {"paper": {"ppl": ppl, "domains": {"prose": {"ppl": ppl}, "code": {"ppl": 2 * ppl}}}}

@@ -13,6 +13,7 @@ from sparsekd_ray.config import Calibrate, Prune
 from sparsekd_ray.corpus.shards import MANIFEST, domain_table, read_shard, write_shards
 from sparsekd_ray.model import loading, spec
 from sparsekd_ray.prune import calibrate
+from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.prune.run import prune
 from sparsekd_ray.prune.task import Task
 from sparsekd_ray.runtime.tasks import TaskMap, map_local
@@ -74,7 +75,7 @@ def statistics(store: Store, model: Ref) -> Ref:
     out = Ref("statistics", model.name, model.fingerprint)
     if store.record(out) is None:
         settings = {"settings": CALIBRATE, "groups": 1, "gpu": False}
-        run: dict[str, Any] = {"store": store, "each": map_local}
+        run: dict[str, Any] = {"store": store, "task_map": map_local}
         commit(store, out, **calibrate.calibrate(model, TEXTS, out, **settings, **run))
     return out
 
@@ -108,20 +109,21 @@ def task(
 ) -> Task:
     """With all inputs that the cascade would give the method; `dense` is the model that sparsity is of."""
     inputs: dict[str, Any] = {}
-    if settings.method in ("svd-whitened", "neurons", "sdm", "depth") or settings.allocation == "optimal":
+    needed = METHODS[settings.method].inputs_for(settings)
+    if "statistics" in needed:
         inputs["statistics"] = statistics(store, model)
-    if settings.method in ("sdm", "wanda"):
+    if "texts" in needed:
         inputs["texts"] = TEXTS
-    if settings.method == "sdm":
+    if "cache" in needed:
         inputs["cache"] = cache(store, dense or model)
     out = Ref("prune", settings.method, name)
     size = spec.mlp_parameters(store.fetch(dense or model))
     return Task(store, model, out, settings, sparsity, size, CALIBRATE, **inputs | more)
 
 
-def finish(asked: Task, each: TaskMap = map_local) -> dict[str, Any]:
+def finish(asked: Task, task_map: TaskMap = map_local) -> dict[str, Any]:
     """Prunes and commits; the facts."""
-    facts = prune(asked, each)
+    facts = prune(asked, task_map)
     commit(asked.store, asked.out, **facts)
     return facts
 

@@ -47,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def run(store: Store, out: Ref, model: Ref = QWEN, groups: int = 1, **more: Any) -> list[str]:
     """Runs the stage up to its record; returns what it said."""
-    arguments = {"settings": SETTINGS, "each": map_local, "gpu": False} | more
+    arguments = {"settings": SETTINGS, "task_map": map_local, "gpu": False} | more
     with recorded() as said:
         metrics = calibrate.calibrate(model, TEXTS, out, groups=groups, store=store, **arguments)
     store.commit(out, identity={}, inputs={}, metrics=metrics, seconds=0)
@@ -82,14 +82,14 @@ def test_files_are_the_same_bytes_however_layers_are_shared_out(
     store: Store, measured: Ref, groups: int
 ) -> None:
     out = Ref("statistics", "shared", f"a{groups}")
-    run(store, out, groups=groups, each=pickled)
+    run(store, out, groups=groups, task_map=pickled)
     assert content(store, out) == content(store, measured)
 
 
 def test_large_layers_are_shared_out_further(
     store: Store, measured: Ref, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "PIECE_BYTES", 2 * 4 * (32**2 + 48**2))
+    monkeypatch.setattr(calibrate, "TASK_BYTES", 2 * 4 * (32**2 + 48**2))
     pieces: list[Any] = []
 
     def spy(function: Callable[..., Any], todo: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
@@ -97,7 +97,7 @@ def test_large_layers_are_shared_out_further(
         return map_local(function, todo)
 
     out = Ref("statistics", "large", "aa")
-    run(store, out, each=spy)
+    run(store, out, task_map=spy)
     assert pieces == [[], [0, 1], [2, 3], [4]]
     assert content(store, out) == content(store, measured)
 
@@ -171,7 +171,7 @@ def test_a_killed_calibration_measures_only_what_is_missing(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(store, out, groups=3, each=dying)
+        run(store, out, groups=3, task_map=dying)
     published = store.published(out)
     asked: list[int] = []
     honest = statistics.collect
@@ -303,7 +303,7 @@ def test_pieces_that_vanish_are_missed(store: Store) -> None:
         return map_local(function, pieces[:-1])
 
     with pytest.raises(IntegrityError, match=r"without 2 files, the first is layer-003\.safetensors"):
-        run(store, Ref("statistics", "lost", "c7"), groups=2, each=losing)
+        run(store, Ref("statistics", "lost", "c7"), groups=2, task_map=losing)
 
 
 def test_a_damaged_published_layer_is_not_committed(store: Store) -> None:

@@ -10,8 +10,8 @@ from lines import recorded
 from sparsekd_ray.cascade import console, job
 from sparsekd_ray.cascade.driver import next_batch
 from sparsekd_ray.cascade.estimate import parameters
+from sparsekd_ray.cascade.fingerprint import fingerprint
 from sparsekd_ray.cascade.plan import plan
-from sparsekd_ray.cascade.steps import fingerprint
 from sparsekd_ray.compare import run
 from sparsekd_ray.config import Config, Method, Shape, load, parse
 from sparsekd_ray.errors import ConfigError
