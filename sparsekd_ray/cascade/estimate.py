@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sparsekd_ray.config import Config, Shape
 from sparsekd_ray.model.hub import config_of
-from sparsekd_ray.model.spec import mlp_parameters, total_parameters
+from sparsekd_ray.model.spec import mlp_parameters
 
 GB = 1e9
 LOSS_ROWS = 512  # rows of logits alive in the loss, see distill/loss.py
@@ -28,10 +28,11 @@ class Parameters(NamedTuple):
 
 
 def parameters(shape: Shape) -> Parameters:
-    """Parameter counts; norms count with the attention."""
-    config = config_of(shape)
-    mlp, embedding = mlp_parameters(config), shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    return Parameters(mlp, total_parameters(config) - mlp - embedding, embedding)
+    """Parameters of the matrices; norms and biases, below a thousandth of the whole, are left out."""
+    embedding = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    head = shape.head_dim or shape.hidden // shape.heads
+    attention = 2 * shape.hidden * head * (shape.heads + shape.kv_heads)
+    return Parameters(mlp_parameters(config_of(shape)), shape.layers * attention, embedding)
 
 
 def cache_bytes(config: Config) -> int:

@@ -8,31 +8,31 @@ measured to limit says how far off a measurement is. Masks change neither limit:
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from typing import Any
 
 import torch
 
-from sparsekd_ray.model import spec
+from sparsekd_ray.model import families, spec
 
 
 def flops_per_token(config: Any, context: int) -> float:
     """Floating-point operations of a token in a prefill of `context` tokens, without the head."""
     values = spec.config_dict(config)
-    table, layers, heads = (
-        values["vocab_size"] * values["hidden_size"],
-        values["num_hidden_layers"],
-        _heads(values),
-    )
+    vocabulary, hidden, layers = spec.sizes(values, "vocab_size", "hidden_size", "num_hidden_layers")
+    table = vocabulary * hidden
     weights = spec.total_parameters(values) - table * (1 if values.get("tie_word_embeddings") else 2)
-    return 2 * weights + 4 * layers * heads * context / 2  # a token attends to half the context on average
+    return (
+        2 * weights + 4 * layers * _heads(values) * context / 2
+    )  # a token attends to half the context on average
 
 
 def bytes_per_token(config: Any, itemsize: int) -> float:
     """Bytes of weights that decoding one token of one sequence reads: all but an input embedding of its own."""
     values = spec.config_dict(config)
-    table = values["vocab_size"] * values["hidden_size"]
+    table = math.prod(spec.sizes(values, "vocab_size", "hidden_size"))
     return itemsize * (spec.total_parameters(values) - (0 if values.get("tie_word_embeddings") else table))
 
 
@@ -81,6 +81,7 @@ def _now(model: Any) -> float:
 
 def _heads(values: dict[str, Any]) -> int:
     """Numbers in all query heads together."""
-    heads = values["num_attention_heads"]
-    default = 128 if values["model_type"].endswith("qwen3") else values["hidden_size"] // heads
-    return heads * (values.get("head_dim") or default)
+    attention = families.meta_model(spec.stock_values(values)).get_submodule(
+        "model.layers.0.self_attn.o_proj"
+    )
+    return int(attention.in_features)  # type: ignore[arg-type]

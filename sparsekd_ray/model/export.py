@@ -49,7 +49,7 @@ def export(source: Path, out: Path, *, card_facts: Mapping[str, Any]) -> dict[st
     Raises ModelError if a directory does not load as its card says.
     """
     model = loading.load(source, dtype="auto")
-    low_rank, biased = spec.is_low_rank(model), spec.mlp_form(model)[1]
+    low_rank, biased = spec.is_low_rank(model), spec.mlp_storage(model)[1]
     variants: dict[Form, PreTrainedModel] = {"low-rank" if low_rank else "stock": model}
     metrics: dict[str, Any] = {}
     if biased:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsekd_ray.config import Model, Shape
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading, origin, spec, tokenizer
+from sparsekd_ray.model import loading, origin, spec, tokenizer, weights
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,7 @@ SHAPE_KEYS = {
     "vocab": "vocab_size",
 }
 CONFIG_FILES = ("config.json", "generation_config.json")
-SMALL_FILES = (*CONFIG_FILES, *tokenizer.FILES, origin.CARD, *origin.LICENSE_PATTERNS)  # downloaded first
-WEIGHT_PATTERNS = ("model*.safetensors*",)
+DESCRIPTIONS = (*CONFIG_FILES, weights.INDEX, *tokenizer.FILES, origin.CARD, *origin.LICENSE_PATTERNS)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -105,7 +104,7 @@ def import_model(model: Model, out: Path) -> dict[str, int]:
     stated = origin.read(source, _hub_id(model))
     origin.check_license(source, stated)
     tokenizer.save(source, out)
-    _check_tokenizer(out, values["vocab_size"])
+    _check_tokenizer(out, *spec.sizes(values, "vocab_size"))
     origin.write(stated, out)
     for path in (*_model_files(source), *origin.license_files(source), *_card(source)):
         logger.info(f"copies {path.name}, {path.stat().st_size / 1e6:,.0f} MB")
@@ -123,22 +122,29 @@ def _download(model: Model) -> Path:
 
     Raises ModelError if the hub does not give it, or the cache cannot be written.
     """
+    folder = _snapshot(model, DESCRIPTIONS)
+    spec.check_supported(folder)
+    origin.check_license(folder, origin.read(folder, str(model.path)))
+    index = (
+        folder / weights.INDEX
+    )  # a repository may hold other weights too, and only the index tells which are meant
+    names = weights.files_in_index(index) if index.is_file() else []
+    return _snapshot(model, (*DESCRIPTIONS, weights.SINGLE, *names))
+
+
+def _snapshot(model: Model, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
-    for patterns in (SMALL_FILES, (*SMALL_FILES, *WEIGHT_PATTERNS)):
-        try:
-            folder = snapshot_download(
-                str(model.path), revision=model.revision, allow_patterns=list(patterns)
-            )
-        except (OSError, ValueError) as error:  # the hub's own errors are among them
-            raise ModelError(
-                f"model.path {model.path!r} is no local directory, and the hub did not give it (revision "
-                f"{model.revision or 'main'}): {error}; check spelling, network and access rights{_cache_advice()}, or "
-                "give a directory"
-            ) from error
-        spec.check_supported(Path(folder))
-        origin.check_license(Path(folder), origin.read(Path(folder), str(model.path)))
-    return Path(folder)
+    try:
+        return Path(
+            snapshot_download(str(model.path), revision=model.revision, allow_patterns=list(patterns))
+        )
+    except (OSError, ValueError) as error:  # the hub's own errors are among them
+        raise ModelError(
+            f"model.path {model.path!r} is no local directory, and the hub did not give it (revision "
+            f"{model.revision or 'main'}): {error}; check spelling, network and access rights{_cache_advice()}, or "
+            "give a directory"
+        ) from error
 
 
 def _cache_advice() -> str:
@@ -160,10 +166,11 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _model_files(directory: Path) -> list[Path]:
-    weights = sorted(directory.glob("model*.safetensors*"))
-    if not weights:
-        raise ModelError(f"{directory} holds no model*.safetensors: convert its weights to safetensors first")
-    return _present(directory, CONFIG_FILES) + weights
+    files = weights.weight_files(directory)
+    return (
+        _present(directory, (*CONFIG_FILES, *([] if files[0].name == weights.SINGLE else [weights.INDEX])))
+        + files
+    )
 
 
 def _card(directory: Path) -> list[Path]:

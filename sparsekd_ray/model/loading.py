@@ -1,28 +1,27 @@
-"""Hugging Face directories: what is supported, what it counts, and loading that proves itself (`saving.py` writes).
+"""Model directories of Hugging Face: loading that proves itself, and models rebuilt from others (`saving.py` writes).
 
-A model is a directory with config.json, safetensors, tokenizer files and generation_config.json. Its size and
-its MLP matrices follow from config.json alone, so a plan is checked before any weight is read; torch and
-transformers are therefore imported only in the functions that need them. Loading runs no code from the
-directory and accepts no missing, left-over or misshapen tensor.
+A model is a directory with config.json, safetensors, tokenizer files and generation_config.json. Loading runs no code
+from the directory, accepts no missing, left-over or misshapen tensor, and probes that the model computes what pruning
+and distillation assume (`probe.py`). torch and transformers are imported only in the functions that need them.
 
-MLP matrices are written [m, n] = [outputs, inputs] and named as in the model, `model.layers.0.mlp.down_proj`. Where a
-low-rank Qwen3 holds gate and up of a layer as one matrix, that is its `gate_up_proj`, gate first.
-"Config" below means a parsed config.json, a directory that holds one, a transformers config, or a model.
+MLP matrices are named and shaped as in `spec.py`.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import spec
+from sparsekd_ray.model import families, spec, weights
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 MODELLING_CODE = "modeling_sparsekd"  # the module's name beside exported weights
@@ -41,153 +40,183 @@ def mlp_matrix(model: PreTrainedModel, name: str) -> torch.Tensor:
     """
     from sparsekd_ray.model import low_rank
 
-    return _of_mlp(model, name, lambda module: low_rank.product(module.state_dict()))
+    return _read_projection(model, name, lambda module: low_rank.product(module.state_dict()))
 
 
 def mlp_bias(model: PreTrainedModel, name: str) -> torch.Tensor | None:
     """The output bias [m] of one MLP matrix in float64, names as in `mlp_matrix`; None in a model without biases."""
     import torch
 
-    if not spec.mlp_form(model)[1]:
+    if not spec.mlp_storage(model).bias:
         return None
 
-    def bias(module: Any) -> torch.Tensor:  # dense matrices have none
-        return torch.zeros(module.out_features) if module.bias is None else module.bias.detach()
+    def bias(module: nn.Module) -> torch.Tensor:  # a dense matrix of such a model has none
+        found = getattr(module, "bias", None)
+        return torch.zeros(int(getattr(module, "out_features"))) if found is None else found.detach()  # noqa: B009
 
-    return _of_mlp(model, name, lambda module: bias(module).double())
+    return _read_projection(model, name, lambda module: bias(module).double())
 
 
-def _of_mlp(model: PreTrainedModel, name: str, read: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-    """What `read` finds of a matrix in the module or modules that hold it."""
+def _read_projection(
+    model: PreTrainedModel, name: str, read: Callable[[nn.Module], torch.Tensor]
+) -> torch.Tensor:
+    """What `read` gives for an MLP matrix, joined or split where the model holds gate and up otherwise."""
     import torch
 
     parent, _, leaf = name.rpartition(".")
     pair = ("gate_proj", "up_proj")
     modules = dict(model.named_modules())
-    held = dict(modules[parent].named_children()) if parent in modules and parent.endswith(".mlp") else {}
-    if leaf in held and leaf.endswith("_proj"):
-        return read(held[leaf])
-    if leaf == "gate_up_proj" and set(pair) <= set(held):
-        return torch.cat([read(held[part]) for part in pair])
-    if leaf in pair and "gate_up_proj" in held:
-        return read(held["gate_up_proj"]).chunk(2)[pair.index(leaf)]
+    children = dict(modules[parent].named_children()) if parent in modules and parent.endswith(".mlp") else {}
+    if leaf in children and leaf.endswith("_proj"):
+        return read(children[leaf])
+    if leaf == "gate_up_proj" and set(pair) <= set(children):
+        return torch.cat([read(children[part]) for part in pair])
+    if leaf in pair and "gate_up_proj" in children:
+        return read(children["gate_up_proj"]).chunk(2)[pair.index(leaf)]
     raise ModelError(
         f"the model has no MLP matrix {name!r}; it has {', '.join(spec.shapes_from_config(model))}"
     )
 
 
 @cache
-def _classes() -> dict[str, tuple[Any, Any]]:
-    """Config and model class by model_type; makes the sparse ones known to transformers' Auto classes."""
+def classes(model_type: str) -> families.StockClasses:
+    """Config, base and causal class of a stock or low-rank model type; makes the latter known to the Auto classes."""
     import transformers
 
     from sparsekd_ray.model import low_rank
 
     transformers.utils.logging.disable_progress_bar()  # a bar per model is noise in a job's log
-    classes: dict[str, tuple[Any, Any]] = {}
-    for family, stem in spec.CLASS_STEMS.items():
-        stock = (getattr(transformers, f"{stem}Config"), getattr(transformers, f"{stem}ForCausalLM"))
-        own = [getattr(low_rank, f"Sparse{stem}{kind}") for kind in ("Config", "Model", "ForCausalLM")]
-        transformers.AutoConfig.register(spec.LOW_RANK_PREFIX + family, own[0])
-        transformers.AutoModel.register(own[0], own[1])
-        transformers.AutoModelForCausalLM.register(own[0], own[2])
-        classes |= {family: stock, spec.LOW_RANK_PREFIX + family: (own[0], own[2])}
-    return classes
+    stock = families.stock_classes(model_type.removeprefix(spec.LOW_RANK_PREFIX))
+    if not model_type.startswith(spec.LOW_RANK_PREFIX):
+        return stock
+    own = families.StockClasses(*(getattr(low_rank, f"{low_rank.PREFIX}{kind.__name__}") for kind in stock))
+    transformers.AutoConfig.register(model_type, own.config)
+    transformers.AutoModel.register(own.config, own.base)
+    transformers.AutoModelForCausalLM.register(own.config, own.causal)
+    return own
 
 
 def load(
     path: Path | str, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A stock or sparse model from a local directory, in eval mode; dtype "auto" keeps the stored one.
+    """A stock or low-rank model from a local directory, in eval mode; dtype "auto" keeps the stored one.
 
-    Raises ModelError if the model is not supported, if a tensor is missing, left over, misshapen or
-    unreadable, or if the number of parameters is not the one that the config implies.
+    Raises ModelError if the model is not supported, if a tensor is missing, left over, misshapen or unreadable, if the
+    number of parameters is not the one that the config implies, or if a probe fails.
     """
-    values = spec.config_dict(Path(path))
+    values = spec.config_dict(path)
     spec.check_supported(values)
-    _, model_class = _classes()[values["model_type"]]
-    model = _checked(
-        model_class, str(path), path, values, dtype=dtype, use_safetensors=True, local_files_only=True
-    )
+    weights.weight_files(Path(path))
     if not spec.is_low_rank(values):
-        vars(model.config).pop("auto_map", None)  # the repository's own code, neither run nor shipped by us
-    return model.to(device)
+        values.pop("auto_map", None)  # the repository's own code, neither run nor shipped by us
+    model = _checked(str(path), values, path, dtype=dtype, use_safetensors=True, local_files_only=True)
+    model = model.to(device)  # type: ignore[arg-type]
+    _probe_once(model, json.dumps(values, sort_keys=True, default=str))
+    return model
 
 
-def _checked(model_class: Any, what: str, source: Any, values: Mapping[str, Any], **how: Any) -> Any:
-    """`from_pretrained` that takes no tensors but those of the config, all of them."""
+_probed: set[str] = set()
+
+
+def _probe_once(model: PreTrainedModel, config_json: str) -> None:
+    """Runs the probes of `probe.numbers` on the first model of each config in this process."""
+    from sparsekd_ray.model import probe
+
+    if config_json not in _probed:
+        probe.numbers(model)
+        _probed.add(config_json)
+
+
+def _checked(
+    name: str, values: Mapping[str, object], source: Path | str | None, **options: Any
+) -> PreTrainedModel:
+    """The model of this config with the weights of `source`, or of the option `state_dict`: all of them and no others.
+
+    name: what an error calls the model.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told to us, not only logged
+    config_class, _, causal_class = classes(str(values["model_type"]))
+    report: dict[str, Any] = {
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # returned to us, not only logged
     try:
-        model, info = model_class.from_pretrained(source, **how, **report)
+        config = config_class.from_dict({k: v for k, v in values.items() if k != "model_type"})
+        loaded: Any = causal_class.from_pretrained(source, config=config, **options, **report)
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise ModelError(f"{what} does not load: {error}") from error
-    if wrong := {kind: sorted(map(str, found)) for kind, found in info.items() if found}:
-        raise ModelError(f"{what} does not hold the weights of its config: {wrong}")
+        raise ModelError(f"{name} does not load: {error}") from error
+    model, info = loaded
+    if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
+        raise ModelError(f"{name} does not hold the weights of its config: {wrong}")
     if (found := count_parameters(model)) != (expected := spec.total_parameters(values)):
-        raise ModelError(f"{what} has {found} parameters, but its config implies {expected}")
+        raise ModelError(f"{name} has {found} parameters, but its config implies {expected}")
+    _check_matrices(name, model, values)
     return model
+
+
+def _check_matrices(name: str, model: PreTrainedModel, values: Mapping[str, object]) -> None:
+    """Raises ModelError unless the stock class has the MLP matrices that the config implies."""
+    from sparsekd_ray.model import probe
+
+    stock = spec.stock_values(values)
+    found, expected = probe.structure(families.meta_model(stock)), spec.shapes_from_config(stock)
+    if list(found.items()) != list(expected.items()):
+        raise ModelError(f"{name} has the MLP matrices {found}, but its config implies {expected}")
 
 
 def rebuild(
     like: PreTrainedModel,
     ranks: Mapping[str, int] | None,
-    state: dict[str, Any],
+    state: dict[str, torch.Tensor],
     *,
     gauge: bool | None = None,
     bias: bool | None = None,
 ) -> PreTrainedModel:
-    """A model of the same family with other MLP tensors: sparse with these ranks, or stock if None.
+    """A model of the same family with other MLP tensors: low-rank with these ranks, or stock if None.
 
-    gauge, bias: form of the low-rank matrices (see `low_rank`); that of `like` unless told. Raises ModelError if
-    `state` lacks a tensor of such a model, holds another one, or a rank saves nothing.
+    gauge, bias: form of the low-rank matrices (see `low_rank`); that of `like` where None. Raises ModelError if `state`
+    lacks a tensor of such a model, holds another one, or a rank saves nothing.
     """
-    family, (like_gauge, like_bias) = spec.check_supported(like), spec.mlp_form(like)
-    values = {key: value for key, value in spec.config_dict(like).items() if key not in spec.OWN_FIELDS}
-    values["model_type"] = family
+    values, storage = spec.stock_values(like), spec.mlp_storage(like)
     if ranks is not None:
+        model_type = f"{spec.LOW_RANK_PREFIX}{values['model_type']}"
         values |= {
-            "model_type": spec.LOW_RANK_PREFIX + family,
-            "mlp_ranks": dict(ranks),
-            "mlp_storage": "gauge" if (like_gauge if gauge is None else gauge) else "factors",
-            "mlp_bias": like_bias if bias is None else bias,
-            "auto_map": _auto_map(family),
+            "model_type": model_type,
+            spec.RANKS: dict(ranks),
+            spec.STORAGE: "gauge" if (storage.gauge if gauge is None else gauge) else "factors",
+            spec.BIAS: storage.bias if bias is None else bias,
+            "auto_map": auto_map(model_type),
         }
-        values["num_parameters_expected"] = spec.total_parameters(values)
+        values[spec.PARAMETERS] = spec.total_parameters(values)
     if values.get("tie_word_embeddings"):
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-    config_class, model_class = _classes()[values["model_type"]]
-    what = "the rebuilt model"
-    config = config_class(**{key: value for key, value in values.items() if key != "model_type"})
-    model = _checked(model_class, what, None, values, config=config, state_dict=state, dtype=like.dtype)
+    model = _checked("the rebuilt model", values, None, state_dict=state, dtype=like.dtype)
     model.generation_config = copy.deepcopy(like.generation_config)
-    return model.to(like.device)
+    return model.to(like.device)  # type: ignore[arg-type]
 
 
-def _auto_map(family: str) -> dict[str, str]:
+def auto_map(model_type: str) -> dict[str, str]:
     """Where transformers' Auto classes find the shipped code; vLLM takes the base model from it."""
-    kinds = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
-    stem = f"{MODELLING_CODE}.Sparse{spec.CLASS_STEMS[family]}"
-    return {auto: stem + kind for auto, kind in kinds.items()}
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    kinds = classes(model_type)
+    return {name: f"{MODELLING_CODE}.{kind.__name__}" for name, kind in zip(names, kinds, strict=True)}
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
     """The stock dense model with the same function: low-rank matrices multiplied out in float64, then cast.
 
-    Raises ModelError if they have biases, which stock models cannot hold.
+    Raises ModelError if they have biases, which the stock MLPs lack.
     """
-    if spec.mlp_form(model)[1]:
+    if spec.mlp_storage(model).bias:
         raise ModelError(
-            "the student's MLP matrices have biases (mlp_bias), and stock Phi-3 and Qwen3 MLPs have none: use the "
+            f"the student's MLP matrices have biases ({spec.BIAS}), and those of the stock model have none: use the "
             "low-rank model, or prune with prune.bias off"
         )
-    ranks, state = spec.mlp_ranks(model), dict(model.state_dict())
-    below = tuple(f"{name}." for name in ranks)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(below)}
-    stock = {**spec.config_dict(model), "model_type": spec.check_supported(model), "mlp_ranks": {}}
-    for name in spec.shapes_from_config(stock):
+    prefixes = tuple(f"{name}." for name in spec.mlp_ranks(model))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
+    for name in spec.shapes_from_config(spec.stock_values(model)):
         if f"{name}.weight" not in state:
             state[f"{name}.weight"] = mlp_matrix(model, name).to(model.dtype)
     return rebuild(model, None, state)

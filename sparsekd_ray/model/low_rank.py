@@ -1,37 +1,35 @@
-"""Phi-3 and Qwen3 language models whose MLP matrices may be products of two thin ones (SparseKD students).
+"""Language models whose MLP matrices may be products of two thin ones: SparseKD's low-rank students.
 
-A matrix W [m, n] that `config.mlp_ranks` lists with rank r is held in one of two forms, the same for all of a model
-(`config.mlp_storage`); one that is not listed stays dense, and everything else is the stock architecture:
+The architecture is a stock one of transformers, say that of model type `llama`. The student's type is then
+`sparsekd_llama`; its classes are `LowRankLlamaConfig`, `LowRankLlamaModel` and `LowRankLlamaForCausalLM`. This module
+makes them on first use, of any stock class whose MLP has a gate, an up and a down projection.
+
+A matrix W [m, n] that `config.sparsekd_ranks` lists with rank r is held in one of two forms, the same for all of a
+model (`config.sparsekd_storage`). One that is not listed stays dense.
 
 - factors: y = B (A x), with `A.weight` [r, n] and `B.weight` [m, r]; r (m + n) parameters instead of m n;
 - gauge (pivoted; PIFA): y = U (x_P + C x_rest), where `order` [n] lists the inputs, x_P the first r of them and x_rest
   the others, with `U.weight` [m, r] and `C.weight` [r, n − r]; r (m + n − r) parameters.
 
-With `config.mlp_bias` each of them adds an output bias, `bias` [m]. Phi-3 fuses gate and up in one `gate_up_proj`, so
-both share A: two matrix products, not four. A layer of Qwen3 does the same where `mlp_ranks` lists a `gate_up_proj` of
-[2 m, n], gate first, in place of its `gate_proj` and `up_proj`.
+With `config.sparsekd_bias` each of them adds an output bias, `bias` [m]. Some stock models fuse gate and up in one
+`gate_up_proj`, so both share A: two matrix products, not four. A layer of another model does the same where
+`sparsekd_ranks` lists a `gate_up_proj` of [2 m, n], gate first, in place of its `gate_proj` and `up_proj`.
 
 This file is complete in itself (torch and transformers only): it travels with exported weights as
 `modeling_sparsekd.py`, and `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` runs it.
-Loading is strict: weights that are missing, left over or of another shape are errors, and so is a number of
-parameters other than the recorded one. Otherwise a student could silently come back random or unpruned.
+Loading is strict: weights that are missing, left over or of another shape are errors, and so is a number of parameters
+other than `config.sparsekd_parameters`. Otherwise a student could silently come back random or unpruned.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    Phi3Config,
-    Phi3ForCausalLM,
-    Phi3Model,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from transformers import MODEL_MAPPING, Phi3Config, PreTrainedModel, Qwen3Config
 
+PREFIX = "LowRank"  # of a class name, before that of the stock class
 STORAGES = ("factors", "gauge")
 TP_SIZES = 8  # a matrix is split over GPUs only if it could be over this many
 
@@ -91,7 +89,7 @@ class GaugeLinear(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """Phi-3's MLP, for layers that are not all dense: gate and up are one matrix, gate first."""
+    """An MLP that is not all dense and holds gate and up as one matrix, gate first."""
 
     def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module, act_fn: nn.Module) -> None:
         super().__init__()
@@ -103,7 +101,7 @@ class FusedMLP(nn.Module):
 
 
 class SeparateMLP(nn.Module):
-    """Qwen3's MLP, for layers that are not all dense."""
+    """An MLP that is not all dense and holds gate and up apart."""
 
     def __init__(
         self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, act_fn: nn.Module
@@ -120,15 +118,15 @@ class SeparateMLP(nn.Module):
 
 
 def _make_low_rank(base: nn.Module, config: Any) -> None:
-    """Replace the MLP of every layer that `mlp_ranks` names; names are those in the causal model."""
-    left = dict(config.mlp_ranks)
+    """Replace the MLP of every layer that `sparsekd_ranks` names; names are those in the causal model."""
+    left = dict(config.sparsekd_ranks)
     for i, layer in enumerate(base.layers):  # type: ignore[union-attr, arg-type]
         prefix = f"model.layers.{i}.mlp."
         ranks = {name: left.pop(name) for name in list(left) if name.startswith(prefix)}
         if ranks:
             layer.mlp = _low_rank_mlp(layer.mlp, prefix, ranks, config)
     if left:
-        raise ValueError(f"mlp_ranks names {next(iter(left))!r}, which is no MLP matrix of this model")
+        raise ValueError(f"sparsekd_ranks names {next(iter(left))!r}, which is no MLP matrix of this model")
 
 
 def _low_rank_mlp(mlp: Any, prefix: str, ranks: dict[str, int], config: Any) -> nn.Module:
@@ -143,21 +141,21 @@ def _low_rank_mlp(mlp: Any, prefix: str, ranks: dict[str, int], config: Any) -> 
         layers[joint] = nn.Linear(gate.in_features, gate.out_features + up.out_features, device="meta")
     for name, rank in ranks.items():
         if name not in layers:
-            raise ValueError(f"mlp_ranks names {name!r}, which is no MLP matrix of this model")
+            raise ValueError(f"sparsekd_ranks names {name!r}, which is no MLP matrix of this model")
         layers[name] = _low_rank_layer(name, layers[name], rank, config)
     kind = FusedMLP if joint in layers else SeparateMLP
-    act_fn = children["activation_fn" if "activation_fn" in children else "act_fn"]
+    (act_fn,) = (child for child in children.values() if not isinstance(child, nn.Linear))
     return kind(**{name.removeprefix(prefix): layer for name, layer in layers.items()}, act_fn=act_fn)
 
 
 def _low_rank_layer(name: str, dense: nn.Linear, rank: int, config: Any) -> nn.Module:
     m, n = dense.out_features, dense.in_features
-    gauge = config.mlp_storage == "gauge"
+    gauge = config.sparsekd_storage == "gauge"
     if not 0 < rank < min(m, n) or (not gauge and rank * (m + n) >= m * n):
         raise ValueError(
-            f"mlp_ranks gives {name!r} ({m} by {n}) rank {rank}: no smaller than the dense matrix"
+            f"sparsekd_ranks gives {name!r} ({m} by {n}) rank {rank}: no smaller than the dense matrix"
         )
-    return (GaugeLinear if gauge else LowRankLinear)(n, m, rank, bias=config.mlp_bias)
+    return (GaugeLinear if gauge else LowRankLinear)(n, m, rank, bias=config.sparsekd_bias)
 
 
 def tensor_parallel_plan(config: Any, stock: Mapping[str, str]) -> dict[str, str]:
@@ -172,12 +170,12 @@ def tensor_parallel_plan(config: Any, stock: Mapping[str, str]) -> dict[str, str
     whose name is that of a low-rank one in another layer have none, and are whole on every GPU.
     """
     ranks: dict[str, list[int]] = {}  # by the matrix's name inside a layer
-    for name, rank in config.mlp_ranks.items():
+    for name, rank in config.sparsekd_ranks.items():
         ranks.setdefault(name.rpartition(".")[2], []).append(rank)
-    gauge, separate = config.mlp_storage == "gauge", "layers.*.mlp.gate_proj" in stock
+    gauge, separate = config.sparsekd_storage == "gauge", "layers.*.mlp.gate_proj" in stock
     mixed = any(len(found) < config.num_hidden_layers for found in ranks.values())
     joint = len(ranks.get("gate_up_proj", ())) if separate else 0
-    gathered = not separate or mixed or joint > 0 or config.mlp_bias or (gauge and "down_proj" in ranks)
+    gathered = not separate or mixed or joint > 0 or config.sparsekd_bias or (gauge and "down_proj" in ranks)
     styles = (Phi3Config if gathered else Qwen3Config).base_model_tp_plan or {}
     wide = styles["layers.*.mlp.gate_up_proj" if gathered else "layers.*.mlp.gate_proj"]
     narrow = styles["layers.*.mlp.down_proj"]
@@ -197,106 +195,108 @@ def tensor_parallel_plan(config: Any, stock: Mapping[str, str]) -> dict[str, str
     return attention | {f"layers.*.mlp.{name}": style for name, style in (dense | low_rank).items()}
 
 
-def _describe_mlp(config: Any, ranks: Any, storage: str, bias: bool, expected: int | None) -> None:
-    """What both configs add to the stock one."""
-    if storage not in STORAGES:
-        raise ValueError(f"mlp_storage is {storage!r}; allowed: {', '.join(STORAGES)}")
-    config.mlp_ranks = dict(ranks or {})
-    config.mlp_storage, config.mlp_bias = storage, bias
-    config.num_parameters_expected = expected
-    config.base_model_tp_plan = tensor_parallel_plan(config, type(config).base_model_tp_plan)
-
-
-class SparsePhi3Config(Phi3Config):
-    """Phi3Config with the fields told above, and `num_parameters_expected` (tied ones once)."""
-
-    model_type = "sparsekd_phi3"
+class LowRankConfig:
+    """What the config of a low-rank student adds to the stock config, before which it stands in a class."""
 
     def __init__(
         self,
-        mlp_ranks: dict[str, int] | None = None,
-        mlp_storage: str = "factors",
-        mlp_bias: bool = False,
-        num_parameters_expected: int | None = None,
+        sparsekd_ranks: Mapping[str, int] | None = None,
+        sparsekd_storage: str = "factors",
+        sparsekd_bias: bool = False,
+        sparsekd_parameters: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        _describe_mlp(self, mlp_ranks, mlp_storage, mlp_bias, num_parameters_expected)
+        if sparsekd_storage not in STORAGES:
+            raise ValueError(f"sparsekd_storage is {sparsekd_storage!r}; allowed: {', '.join(STORAGES)}")
+        self.sparsekd_ranks = dict(sparsekd_ranks or {})
+        self.sparsekd_storage, self.sparsekd_bias = sparsekd_storage, sparsekd_bias
+        self.sparsekd_parameters = sparsekd_parameters  # in total, tied ones once
+        if stock_plan := getattr(type(self), "base_model_tp_plan", None):
+            self.base_model_tp_plan = tensor_parallel_plan(self, stock_plan)
 
 
-class SparseQwen3Config(Qwen3Config):
-    """Qwen3Config with the fields told above, and `num_parameters_expected` (tied ones once)."""
-
-    model_type = "sparsekd_qwen3"
-
-    def __init__(
-        self,
-        mlp_ranks: dict[str, int] | None = None,
-        mlp_storage: str = "factors",
-        mlp_bias: bool = False,
-        num_parameters_expected: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        _describe_mlp(self, mlp_ranks, mlp_storage, mlp_bias, num_parameters_expected)
-
-
-class SparsePhi3Model(Phi3Model):
-    config_class = SparsePhi3Config
-
-    def __init__(self, config: SparsePhi3Config) -> None:
-        super().__init__(config)
-        _make_low_rank(self, config)
-
-
-class SparseQwen3Model(Qwen3Model):
-    config_class = SparseQwen3Config
-
-    def __init__(self, config: SparseQwen3Config) -> None:
-        super().__init__(config)
-        _make_low_rank(self, config)
-
-
-class SparseForCausalLM(PreTrainedModel):
-    """What both causal models share: a sparse base, and making and loading that check themselves."""
-
-    base_class: type[PreTrainedModel]
+class LowRankModel:
+    """The base model of a low-rank student, before the stock base model in a class."""
 
     def __init__(self, config: Any) -> None:
-        # Not the stock constructor, which would make the dense model first.
-        PreTrainedModel.__init__(self, config)
-        self.model = self.base_class(config)
-        self.vocab_size = config.vocab_size
+        super().__init__(config)  # type: ignore[call-arg]
+        _make_low_rank(self, config)  # type: ignore[arg-type]
+
+
+class LowRankForCausalLM:
+    """The causal model of a low-rank student, before the stock one in a class; it checks itself when made or loaded."""
+
+    config: Any
+    low_rank_base: type[PreTrainedModel]
+
+    def __init__(self, config: Any) -> None:
+        with torch.device("meta"):  # the stock constructor makes the dense model first, here without memory
+            super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.low_rank_base(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[attr-defined]
         # Counted apart, because transformers ties the head only once the weights are loaded.
         head = 0 if config.tie_word_embeddings else count_parameters(self.lm_head)
         self._check_parameters(count_parameters(self.model) + head)
 
     def _check_parameters(self, found: int) -> None:
-        if found != self.config.num_parameters_expected:
+        if found != self.config.sparsekd_parameters:
             raise ValueError(
-                f"{type(self).__name__} has {found} parameters, but config.num_parameters_expected is "
-                f"{self.config.num_parameters_expected}: weights, config and code do not belong together"
+                f"{type(self).__name__} has {found} parameters, but config.sparsekd_parameters is "
+                f"{self.config.sparsekd_parameters}: weights, config and code do not belong together"
             )
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but keys that are missing, unexpected or misshapen raise ValueError."""
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         model, info = loaded
-        wrong = {kind: sorted(map(str, found)) for kind, found in info.items() if found}
+        wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         if wrong:
             raise ValueError(f"the weights do not fit {cls.__name__}: {wrong}")
         model._check_parameters(count_parameters(model))
         return (model, info) if output_loading_info else model
 
 
-class SparsePhi3ForCausalLM(SparseForCausalLM, Phi3ForCausalLM):
-    config_class = SparsePhi3Config
-    base_class = SparsePhi3Model
+def _config_class(stock: Any) -> Any:
+    class Config(LowRankConfig, stock):  # type: ignore[misc]
+        model_type = f"sparsekd_{stock.model_type}"
+
+        def __init__(
+            self, **kwargs: Any
+        ) -> None:  # its own, or transformers 5 writes one from the stock fields
+            super().__init__(**kwargs)
+
+    return Config
 
 
-class SparseQwen3ForCausalLM(SparseForCausalLM, Qwen3ForCausalLM):
-    config_class = SparseQwen3Config
-    base_class = SparseQwen3Model
+def _model_class(stock: Any) -> Any:
+    class Model(LowRankModel, stock):  # type: ignore[misc]
+        config_class = _class_for(stock.config_class)
+
+    return Model
+
+
+def _causal_class(stock: Any) -> Any:
+    class ForCausalLM(LowRankForCausalLM, stock):  # type: ignore[misc]
+        config_class = _class_for(stock.config_class)
+        low_rank_base = _class_for(MODEL_MAPPING[stock.config_class])  # type: ignore[arg-type]
+
+    return ForCausalLM
+
+
+def _class_for(stock: type) -> Any:
+    return globals().get(f"{PREFIX}{stock.__name__}") or __getattr__(f"{PREFIX}{stock.__name__}")
+
+
+def __getattr__(name: str) -> Any:
+    """`LowRankLlamaForCausalLM` and the like, made of the stock class on first use and kept."""
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    makers = {"Config": _config_class, "ForCausalLM": _causal_class, "Model": _model_class}
+    make = next((make for ending, make in makers.items() if name.endswith(ending)), None)
+    if stock is None or make is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = make(stock)
+    made.__name__ = made.__qualname__ = name
+    return globals().setdefault(name, made)

@@ -15,9 +15,9 @@ def freeze_zeros(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     Without a gradient there is no momentum, and the decay of zero is zero. The hooks sit on the parameters
     themselves and act before any optimiser, partitioned or not, sees a gradient. Call it before training, once.
     Returns what is held, module name → zeros [m, n] (True), for `violations`; nothing where the model's config
-    carries no `mlp_mask`.
+    carries no `sparsekd_mask`.
     """
-    if not getattr(model.config, "mlp_mask", None):
+    if not getattr(model.config, "sparsekd_mask", None):
         return {}
     layers = range(layer_count(model))
     weights = {name: w for layer in layers for name, w in mlp_weights(model, layer).items()}

@@ -1,10 +1,12 @@
 """What a config says of a model before any weight is read: whether it is supported, its MLP matrices, its size.
 
-torch and transformers are not imported here, so a plan is checked in milliseconds.
+MLP matrices are written [m, n] = [outputs, inputs] and named as in the model, `model.layers.0.mlp.down_proj`. A
+low-rank student may hold gate and up of a layer as one matrix where its family keeps them apart: that is its
+`gate_up_proj`, gate first. "Config" below means a parsed config.json, a directory that holds one, a transformers
+config, or a model.
 
-MLP matrices are written [m, n] = [outputs, inputs] and named as in the model, `model.layers.0.mlp.down_proj`. Where a
-low-rank Qwen3 holds gate and up of a layer as one matrix, that is its `gate_up_proj`, gate first.
-"Config" below means a parsed config.json, a directory that holds one, a transformers config, or a model.
+Shapes of MLP matrices are arithmetic for the families in `families.FAMILIES`, so that a plan imports neither torch nor
+transformers. Parameters in total are counted on the stock class's meta model (`families.meta_model`).
 """
 
 from __future__ import annotations
@@ -12,130 +14,170 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import cost
+from sparsekd_ray.model import cost, families
 
-LOW_RANK_PREFIX = "sparsekd_"
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
+    Config = Mapping[str, object] | str | Path | PreTrainedConfig | PreTrainedModel
 
-FAMILIES = {
-    "phi3": "phi3",
-    "qwen3": "qwen3",
-    f"{LOW_RANK_PREFIX}phi3": "phi3",
-    f"{LOW_RANK_PREFIX}qwen3": "qwen3",
-}
+LOW_RANK_PREFIX = "sparsekd_"  # of model_type and of the fields that a low-rank student's config adds
+RANKS, STORAGE, BIAS, PARAMETERS = (
+    f"{LOW_RANK_PREFIX}{field}" for field in ("ranks", "storage", "bias", "parameters")
+)
 
-
-CLASS_STEMS = {"phi3": "Phi3", "qwen3": "Qwen3"}
-
-
-OWN_FIELDS = (  # of a config, which a rebuilt model does not take over
-    "model_type", "architectures", "auto_map", "transformers_version", "mlp_ranks", "mlp_storage", "mlp_bias",
-    "num_parameters_expected",
+NOT_INHERITED = (  # fields of a config that a model rebuilt from it does not take over
+    "model_type", "architectures", "auto_map", "transformers_version", RANKS, STORAGE, BIAS, PARAMETERS,
 )  # fmt: skip
 
+CALL_OPTIONS = {  # how a model was once called or found, not what it is: saved by debugging runs and old exports
+    "output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript", "pruned_heads",
+    "transformers_weights",
+}  # fmt: skip
 
-def config_dict(config: Any) -> dict[str, Any]:
-    """The config as plain values. Raises ModelError if a directory has no readable config.json."""
+OTHER_MODELS = {  # fields of a config that name what this package does not cut
+    "quantization_config": "quantised weights", "per_layer_config": "layers of different sizes",
+    "vision_config": "a vision model", "audio_config": "an audio model", "is_encoder_decoder": "an encoder",
+}  # fmt: skip
+
+
+class Storage(NamedTuple):
+    """How a student holds its low-rank matrices."""
+
+    gauge: bool  # gauge-fixed in place of two factors
+    bias: bool  # with output biases
+
+
+def config_dict(config: Config) -> dict[str, object]:
+    """The config as plain values, without options of a call. Raises ModelError if a directory has no config.json."""
     if isinstance(config, Mapping):
-        return dict(config)
-    if not isinstance(config, str | Path):
-        return dict(getattr(config, "config", config).to_dict())
-    path = Path(config) / "config.json"
+        values = dict(config)
+    elif isinstance(config, str | Path):
+        values = _read_config(Path(config) / "config.json")
+    else:
+        values = dict(vars(config).get("config", config).to_dict())
+    return {key: value for key, value in values.items() if key not in CALL_OPTIONS}
+
+
+def _read_config(path: Path) -> dict[str, object]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is no readable config ({error}): give a Hugging Face directory") from error
 
 
-def check_supported(config: Any) -> str:
-    """The family, "phi3" or "qwen3", stock or sparse. Raises ModelError naming what stands in the way."""
+def check_supported(config: Config) -> str:
+    """The model type of the stock family, whether the model is stock or low-rank.
+
+    Raises ModelError that names what stands in the way. A model type without an entry in `families.FAMILIES` is built
+    on the meta device and examined, which imports torch.
+    """
     values = config_dict(config)
-    model_type = values.get("model_type")
-    obstacles = [] if model_type in FAMILIES else [f"model_type {model_type!r}"]
+    model_type = str(values.get("model_type")).removeprefix(LOW_RANK_PREFIX)
+    obstacles = [f"{words} ({key})" for key, words in OTHER_MODELS.items() if values.get(key)]
     obstacles += [f"mixture of experts ({key})" for key in values if "experts" in key and values[key]]
-    known = "mlp_bias" if is_low_rank(values) else None  # what the low-rank matrices of a student may have
-    biases = [key for key in values if "mlp" in key and "bias" in key and key != known]
-    obstacles += [f"biased MLP ({key})" for key in biases if values[key]]
-    obstacles += [key for key in ("quantization_config", "per_layer_config") if values.get(key)]
+    obstacles += [f"biased MLP ({key})" for key in values if "mlp" in key and "bias" in key and values[key]]
+    if "model_type" not in values:
+        obstacles.append("no model_type")
     if obstacles:
         raise ModelError(
-            f"model not supported: found {', '.join(obstacles)}; supported are dense, unquantised models "
-            f"without MLP biases of the types {', '.join(FAMILIES)} (Phi-3, Phi-4-mini, Qwen3)"
+            f"model not supported: found {', '.join(obstacles)}; supported are dense, unquantised language models "
+            f"without MLP biases: {families.supported_names()}, and others whose layers are like theirs"
         )
-    return FAMILIES[str(model_type)]
+    if model_type not in families.FAMILIES:
+        _examine(values)
+    return model_type
 
 
-def is_low_rank(config: Any) -> bool:
+def _examine(values: Mapping[str, object]) -> dict[str, tuple[int, int]]:
+    from sparsekd_ray.model import probe
+
+    return probe.structure(families.meta_model(stock_values(values)))
+
+
+def stock_values(config: Config) -> dict[str, object]:
+    """The config of the stock model from which a low-rank student was made; a stock model's own."""
+    values = config_dict(config)
+    model_type = str(values.get("model_type")).removeprefix(LOW_RANK_PREFIX)
+    return {k: v for k, v in values.items() if k not in NOT_INHERITED} | {"model_type": model_type}
+
+
+def is_low_rank(config: Config) -> bool:
     """Whether the model is of one of this package's own low-rank types."""
     return str(config_dict(config).get("model_type")).startswith(LOW_RANK_PREFIX)
 
 
-def mlp_ranks(config: Any) -> dict[str, int]:
+def mlp_ranks(config: Config) -> dict[str, int]:
     """The rank of every MLP matrix that is low-rank; empty for a stock model."""
-    return dict(config_dict(config).get("mlp_ranks") or {})
+    ranks = config_dict(config).get(RANKS) or {}
+    if not isinstance(ranks, Mapping):
+        raise ModelError(f"{RANKS} of the config must map matrices to ranks, and is {ranks!r}")
+    return {str(name): int(rank) for name, rank in ranks.items()}
 
 
-def mlp_form(config: Any) -> tuple[bool, bool]:
-    """Whether low-rank matrices are gauge-fixed instead of factors, and whether they have biases."""
+def mlp_storage(config: Config) -> Storage:
+    """How the low-rank matrices are held; both False for a stock model."""
     values = config_dict(config)
-    return values.get("mlp_storage") == "gauge", bool(values.get("mlp_bias"))
+    return Storage(values.get(STORAGE) == "gauge", bool(values.get(BIAS)))
 
 
-def shapes_from_config(config: Any) -> dict[str, tuple[int, int]]:
+def shapes_from_config(config: Config) -> dict[str, tuple[int, int]]:
     """Name and shape (m, n) of every MLP matrix in order; the dense shape where a student holds it as low-rank."""
     values = config_dict(config)
-    family, ranks = check_supported(values), mlp_ranks(values)
-    hidden, inner, layers = _sizes(values, "hidden_size", "intermediate_size", "num_hidden_layers")
-    fused, down = {"gate_up_proj": (2 * inner, hidden)}, {"down_proj": (hidden, inner)}
+    model_type, ranks = check_supported(values), mlp_ranks(values)
+    family = families.FAMILIES.get(model_type)
+    if family is None:
+        return _joined(_examine(values), ranks)
+    hidden, inner, layers = sizes(values, "hidden_size", "intermediate_size", "num_hidden_layers")
     separate = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
+    gate_up = {"gate_up_proj": (2 * inner, hidden)} if family.fused else separate
+    of_layer = gate_up | {"down_proj": (hidden, inner)}
+    stock = {f"model.layers.{i}.mlp.{name}": shape for i in range(layers) for name, shape in of_layer.items()}
+    return _joined(stock, ranks)
+
+
+def _joined(stock: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """The matrices with gate and up as one, in the layers where a student's ranks name both as one."""
     shapes: dict[str, tuple[int, int]] = {}
-    for prefix in (f"model.layers.{i}.mlp." for i in range(layers)):
-        joint = family == "phi3" or f"{prefix}gate_up_proj" in ranks
-        shapes |= {prefix + name: shape for name, shape in ((fused if joint else separate) | down).items()}
+    for name, (m, n) in stock.items():
+        parent, _, leaf = name.rpartition(".")
+        joint = f"{parent}.gate_up_proj"
+        if leaf in ("gate_proj", "up_proj") and joint in ranks:
+            shapes[joint] = (2 * m, n)
+        else:
+            shapes[name] = (m, n)
     return shapes
 
 
-def mlp_parameters(config: Any) -> int:
+def mlp_parameters(config: Config) -> int:
     """Number of MLP parameters of this model, low-rank matrices in the form they are held in."""
     values = config_dict(config)
-    ranks, (gauge, bias) = mlp_ranks(values), mlp_form(values)
+    ranks, storage = mlp_ranks(values), mlp_storage(values)
     shapes = shapes_from_config(values)
-    return sum(cost.parameters(m, n, ranks.get(name), gauge, bias) for name, (m, n) in shapes.items())
+    return sum(cost.parameters(m, n, ranks.get(name), *storage) for name, (m, n) in shapes.items())
 
 
-def total_parameters(config: Any) -> int:
-    """Number of parameters of this model, tied embeddings once."""
+def total_parameters(config: Config) -> int:
+    """Number of parameters of this model, tied embeddings once; counted on the stock class's meta model."""
     values = config_dict(config)
-    qwen = check_supported(values) == "qwen3"
-    hidden, layers, vocab = _sizes(values, "hidden_size", "num_hidden_layers", "vocab_size")
-    (heads,) = _sizes(values, "num_attention_heads")
-    head = values.get("head_dim") or (128 if qwen else hidden // heads)
-    query, key = heads * head, (values.get("num_key_value_heads") or heads) * head
-    attention = hidden * (query + 2 * key) + query * hidden
-    attention += 2 * head if qwen else 0  # the norms of queries and keys
-    attention += query + 2 * key + hidden if qwen and values.get("attention_bias") else 0
-    embeddings = vocab * hidden * (1 if values.get("tie_word_embeddings") else 2)
-    return embeddings + mlp_parameters(values) + layers * (attention + 2 * hidden) + hidden
+    check_supported(values)
+    stock = stock_values(values)
+    meta = families.meta_model(stock)
+    return sum(p.numel() for p in meta.parameters()) - mlp_parameters(stock) + mlp_parameters(values)
 
 
-def _sizes(values: Mapping[str, Any], *keys: str) -> list[int]:
-    if missing := [key for key in keys if not isinstance(values.get(key), int)]:
+def sizes(config: Config, *keys: str) -> list[int]:
+    """Whole numbers of the config, such as `hidden_size`. Raises ModelError that names those it lacks."""
+    values = config_dict(config)
+    found = {key: value for key in keys if isinstance(value := values.get(key), int)}
+    if missing := [key for key in keys if key not in found]:
         raise ModelError(f"the model config gives no whole number for {', '.join(missing)}")
-    return [values[key] for key in keys]
+    return [found[key] for key in keys]
 
 
-def tensors_on_disk(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a directory's safetensors, by their headers; tied ones once."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(Path(path).glob("model*.safetensors")):
-        with file.open("rb") as stream:
-            length = min(int.from_bytes(stream.read(8), "little"), file.stat().st_size)
-            try:
-                header = json.loads(stream.read(length))
-            except ValueError as error:
-                raise ModelError(f"{file} is cut short or not safetensors: make it again") from error
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return shapes
+def layer_count(config: Config) -> int:
+    """Number of layers."""
+    return sizes(config, "num_hidden_layers")[0]

@@ -188,15 +188,16 @@ def check(manifest: Manifest, model_fingerprint: str) -> None:
 def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bool) -> Manifest:
     values = spec.config_dict(store.fetch(model, ["config.json"]))
     family, rows = spec.check_supported(values), sample(store, texts, settings)
+    hidden, inner, layers = spec.sizes(values, "hidden_size", "intermediate_size", "num_hidden_layers")
     count, length = tokens(rows).shape
     names = "\n".join(rows["sample_id"].to_pylist())
     return {
         "model": model.fingerprint,
         "corpus": texts.fingerprint,
         "family": family,
-        "hidden": values["hidden_size"],
-        "inner": values["intermediate_size"],
-        "layers": values["num_hidden_layers"],
+        "hidden": hidden,
+        "inner": inner,
+        "layers": layers,
         "sequences": count,
         "tokens": count * length,
         "samples_sha256": hashlib.sha256(names.encode()).hexdigest(),

@@ -109,7 +109,7 @@ def student(task: Task, task_map: TaskMap, metric: Metric) -> Student:
     """The low-rank model, its ranks and its predicted loss."""
     planned, model = plan(task, task_map, metric), task.load()
     present, gauged = spec.mlp_ranks(model), task.settings.storage == "gauge"
-    same_form = spec.mlp_form(model) == (gauged, task.settings.bias)
+    same_form = spec.mlp_storage(model) == (gauged, task.settings.bias)
     wanted = {name: rank or present.get(name) for name, rank in planned.ranks.items()}
     ranks = {name: rank for name, rank in wanted.items() if rank is not None}
     changed = {name: rank for name, rank in ranks.items() if rank != present.get(name) or not same_form}

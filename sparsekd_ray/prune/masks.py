@@ -1,7 +1,7 @@
 """Zeros in place of single weights: Wanda and magnitude pruning (`model/held.py` holds them through training).
 
 These are controls. They show what is lost when shapes stay as they are: nothing gets smaller or faster, since a
-dense matrix product costs the same with zeros in it. The result is a stock model whose config says `mlp_mask`.
+dense matrix product costs the same with zeros in it. The result is a stock model whose config says `sparsekd_mask`.
 
 Wanda (Sun et al. 2023) scores a weight by |W_ij| · ‖X_j‖₂, with X_j the j-th input over all calibration tokens, and
 drops the lowest of each output row. It goes through the layers in order, and what it measures at each has passed
@@ -68,7 +68,7 @@ def magnitude(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
     for layer in range(layer_count(model)):
         for weight in mlp_weights(masked, layer).values():
             weight.masked_fill_(~magnitude_mask(weight, sparsity), 0)
-    masked.config.mlp_mask = "magnitude"
+    masked.config.sparsekd_mask = "magnitude"
     return masked
 
 
@@ -102,7 +102,7 @@ def wanda(model: PreTrainedModel, ids_BL: torch.Tensor, sparsity: float) -> PreT
             weight.masked_fill_(~wanda_mask(weight, norm_n, sparsity), 0)
         for i, part_bLD in enumerate(hidden):
             hidden[i] = layer(part_bLD, **arguments[len(part_bLD)][index])
-    masked.config.mlp_mask = "wanda"
+    masked.config.sparsekd_mask = "wanda"
     return masked
 
 

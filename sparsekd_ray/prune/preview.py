@@ -52,8 +52,8 @@ def low_rank(task: Task, plan: Plan) -> list[Row]:
 
 def narrower(task: Task, width: int) -> list[Row]:
     """A row for each layer's MLP."""
-    values = spec.config_dict(task.folder())
-    hidden, inner, layers = (values[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    hidden, inner, layers = spec.sizes(task.folder(), *names)
     return [
         Row(f"model.layers.{i}.mlp", f"{width} neurons", 3 * hidden * width, 3 * hidden * inner)
         for i in range(layers)
@@ -63,7 +63,7 @@ def narrower(task: Task, width: int) -> list[Row]:
 def shallower(task: Task, dropped: Collection[int]) -> list[Row]:
     """A row for each layer: kept or dropped."""
     shapes = spec.shapes_from_config(task.folder())
-    layers = spec.config_dict(task.folder())["num_hidden_layers"]
+    layers = spec.layer_count(task.folder())
     size = sum(m * n for m, n in shapes.values()) // layers
     kept = [i not in dropped for i in range(layers)]
     return [

@@ -11,10 +11,8 @@ import math
 import time
 from pathlib import Path
 
-from safetensors import safe_open
-
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import saving, spec
+from sparsekd_ray.model import saving, spec, weights
 from sparsekd_ray.prune.methods import METHODS, named
 from sparsekd_ray.prune.task import Task
 from sparsekd_ray.runtime.tasks import TaskMap
@@ -37,7 +35,7 @@ def prune(task: Task, task_map: TaskMap) -> dict[str, object]:
 
 def counts(out: Path, task: Task) -> dict[str, object]:
     """Parameters of a finished directory beside what was asked for."""
-    sizes = {name: math.prod(shape) for name, shape in spec.tensors_on_disk(out).items()}
+    sizes = {name: math.prod(shape) for name, shape in weights.tensor_shapes(out).items()}
     order = sum(
         size for name, size in sizes.items() if name.endswith(".order")
     )  # permutations: no parameters
@@ -54,14 +52,10 @@ def counts(out: Path, task: Task) -> dict[str, object]:
 
 def _zeros(out: Path) -> int:
     """Masked entries of the MLP; none in a model without a mask."""
-    if not spec.config_dict(out).get("mlp_mask"):
+    if not spec.config_dict(out).get("sparsekd_mask"):
         return 0
-    total = 0
-    for path in sorted(out.glob("model*.safetensors")):
-        with safe_open(path, "pt") as file:
-            keys = [key for key in file.keys() if ".mlp." in key]  # noqa: SIM118, a file is no mapping
-            total += sum(int((file.get_tensor(key) == 0).sum()) for key in keys)
-    return total
+    names = [name for name in weights.tensor_places(out) if ".mlp." in name]
+    return sum(int((weights.read_tensors(out, name)[name] == 0).sum()) for name in names)
 
 
 def check_form(task: Task) -> None:
@@ -77,13 +71,13 @@ def check_form(task: Task) -> None:
             f"{task.folder()} is low-rank already, and {method.name} cuts stock models only: cut the dense model, or "
             f"go on with {' or '.join(named('low-rank'))}"
         )
-    if spec.mlp_form(values)[1] and not task.settings.bias:
+    if spec.mlp_storage(values).bias and not task.settings.bias:
         biased = " or ".join(name for name, other in METHODS.items() if "bias" in other.settings)
         raise ModelError(
             f"{task.folder()} has biases in its low-rank matrices, which {method.name} without prune.bias would lose: "
             f"go on with {biased} and prune.bias"
         )
-    if (mask := values.get("mlp_mask")) and method.name != mask:
+    if (mask := values.get("sparsekd_mask")) and method.name != mask:
         raise ModelError(
             f"{task.folder()} is masked by {mask}, and {method.name} would lose the mask: cut the dense model, or go "
             f"on with {mask}"

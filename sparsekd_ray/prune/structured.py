@@ -45,7 +45,7 @@ def narrower(
     task: Task, task_map: TaskMap, width: int, kept: Sequence[Sequence[int]] | None = None
 ) -> Student:
     """Every layer with `width` neurons: those `kept`, rising, of each layer, or else those that activations choose."""
-    layers = spec.config_dict(task.folder())["num_hidden_layers"]
+    layers = spec.layer_count(task.folder())
     subtasks = [(task, layer, width, None if kept is None else list(kept[layer])) for layer in range(layers)]
     for done, _ in enumerate(task_map(narrow, subtasks), 1):
         logger.info(f"{done}/{layers} layers cut to {width} neurons")
@@ -101,9 +101,8 @@ def important(task: Task, width: int) -> list[list[int]]:
 
 def width_of(task: Task) -> int:
     """Neurons of every layer afterwards."""
-    values = spec.config_dict(task.folder())
-    hidden, layers = values["hidden_size"], values["num_hidden_layers"]
-    present, align = values["intermediate_size"], task.settings.align
+    names, align = ("hidden_size", "num_hidden_layers", "intermediate_size"), task.settings.align
+    hidden, layers, present = spec.sizes(task.folder(), *names)
     return neurons.width(task.dense_mlp_params, task.sparsity, hidden, layers, align, present=present)
 
 
@@ -116,7 +115,7 @@ def shallower(task: Task, dropped: Sequence[int]) -> Student:
 
 def layers_to_drop(task: Task) -> list[int]:
     """As many layers as the sparsity comes nearest to, by the measured angles or the measured influence."""
-    measured, layers = task.stack_statistics(), spec.config_dict(task.folder())["num_hidden_layers"]
+    measured, layers = task.stack_statistics(), spec.layer_count(task.folder())
     number = depth.count(layers, share_of(task))
     if task.settings.drop == "block":
         return depth.block(measured["angle"], number)
@@ -131,7 +130,7 @@ def masked(task: Task, task_map: TaskMap, masking: Masking) -> Student:
     model, tensors = task.load(), task.published(MASKED, {})
     assert tensors is not None, "the masks have just been made"
     model.load_state_dict(tensors, strict=False)  # only the MLP matrices are in it
-    model.config.mlp_mask = task.settings.method
+    model.config.sparsekd_mask = task.settings.method
     return Student(model, {})
 
 

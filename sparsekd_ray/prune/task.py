@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from sparsekd_ray.config import Calibrate, Prune
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading
+from sparsekd_ray.model import loading, weights
 from sparsekd_ray.model.mlp import require_finite
 from sparsekd_ray.prune import calibrate
 from sparsekd_ray.store import Ref, Store
@@ -120,14 +120,10 @@ def tensors_below(folder: Path, name: str) -> Tensors:
 
     ModelError, naming the tensor, if one is not finite.
     """
-    tensors: Tensors = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118, a file is no mapping
-                if key.startswith(f"{name}."):
-                    tensors[key.removeprefix(f"{name}.")] = tensor = file.get_tensor(key)
-                    require_finite(key, tensor)
-    return tensors
+    tensors = weights.read_tensors(folder, f"{name}.")
+    for key, tensor in tensors.items():
+        require_finite(key, tensor)
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def capture(
 ) -> dict[str, Any]:
     """Fills `out`'s working directory with shards and manifest; returns the metrics for its record."""
     source = corpus.read_manifest(store.fetch(texts, [corpus.MANIFEST]))
-    vocab_size = spec.config_dict(store.fetch(teacher, ["config.json"]))["vocab_size"]
+    vocab_size = spec.sizes(store.fetch(teacher, ["config.json"]), "vocab_size")[0]
     rows, seq_len = source["rows"]["train"], source.get("seq_len")
     shard_rows = _shard_rows(sum(rows.values()), source["shard_rows"])
     _check_vocabulary(settings, vocab_size)

@@ -75,15 +75,15 @@ def test_a_mask_is_the_same_after_distillation(finished):
     for name in spec.shapes_from_config(pruned):
         before, after = (model.get_submodule(name).weight for model in (pruned, trained))
         assert ((before == 0) == (after == 0)).all() and (before != after).any()
-    assert trained.config.mlp_mask == "wanda"
+    assert trained.config.sparsekd_mask == "wanda"
 
 
 def test_the_pruned_size_is_that_of_the_files(finished):
-    from sparsekd_ray.model.spec import tensors_on_disk
+    from sparsekd_ray.model.weights import tensor_shapes
 
     step = next(s for s in job.preflight(tiny(finished.root)) if s.name == "round 1 pruned")
     record = finished.record(step.ref)
-    tensors = tensors_on_disk(finished.fetch(step.ref))
+    tensors = tensor_shapes(finished.fetch(step.ref))
     sizes = {name: a * b for name, (a, *rest) in tensors.items() for b in [rest[0] if rest else 1]}
     assert sum(sizes.values()) == record["metrics"]["params"]
     assert sum(n for name, n in sizes.items() if ".mlp." in name) == record["metrics"]["mlp_params"]

@@ -69,7 +69,7 @@ def test_counts_are_those_of_the_files(name: str, family: str, store: Store) -> 
     assert facts["params"] == loading.count_parameters(model)
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
     assert spec.is_low_rank(folder) == (name in LOW_RANK)
-    assert getattr(model.config, "mlp_mask", None) == (name if masked else None)
+    assert getattr(model.config, "sparsekd_mask", None) == (name if masked else None)
     if name in LOW_RANK:
         ranks = {key: rank for key, rank in facts["ranks"].items() if rank is not None}
         assert ranks == spec.mlp_ranks(folder)
@@ -149,7 +149,7 @@ def test_a_second_round_goes_on_from_the_low_rank_student(
     ranks = spec.mlp_ranks(folder)
     assert all(rank <= held.get(name, 99) for name, rank in ranks.items()) and set(held) <= set(ranks)
     form = SETTINGS[second]
-    assert spec.mlp_form(folder) == (form.storage == "gauge", form.bias)
+    assert spec.mlp_storage(folder) == (form.storage == "gauge", form.bias)
     if second in PREDICTED:
         assert facts["predicted_loss"] == pytest.approx(
             sum(measured_loss(store, two, ranks).values()), rel=1e-3
@@ -307,7 +307,7 @@ def test_masks_are_held_through_a_distillation(store: Store, cluster: None) -> N
     PORT = free_port()
     ray.get(alone.remote())
     before, after = (loading.load(store.fetch(ref)) for ref in (asked.out, out))
-    assert after.config.mlp_mask == "wanda" and store.record(out)["metrics"]["best_step"] > 0
+    assert after.config.sparsekd_mask == "wanda" and store.record(out)["metrics"]["best_step"] > 0
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         assert not torch.equal(old, new), f"{name} was not trained"
         if ".mlp." in name:

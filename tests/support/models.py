@@ -15,12 +15,13 @@ from sparsekd_ray.prune.svd import truncated_factors
 
 torch.set_num_threads(1)
 
-FAMILIES = ("phi3", "qwen3")
+STEMS = {"phi3": "Phi3", "qwen3": "Qwen3", "llama": "Llama"}  # of the stock classes
+FAMILIES = tuple(STEMS)
 VOCABULARY = 97
 
 
 def tiny_config(family: str, tied: bool, **more: Any) -> transformers.PretrainedConfig:
-    stock = {"phi3": transformers.Phi3Config, "qwen3": transformers.Qwen3Config}[family]
+    stock = getattr(transformers, f"{STEMS[family]}Config")
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 45, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -51,7 +52,7 @@ class Form(NamedTuple):
     family: str
     gauge: bool = False
     bias: bool = False
-    joint: bool = False  # gate and up of Qwen3's last layer as one matrix
+    joint: bool = False  # gate and up of the last layer as one matrix, where the family has two
 
     def __str__(self) -> str:
         parts = ("gauge" if self.gauge else "factors", "bias" * self.bias, "joint" * self.joint)
@@ -62,7 +63,7 @@ FORMS = [
     Form(family, gauge, bias, joint)
     for family in FAMILIES
     for gauge, bias, joint in itertools.product((False, True), repeat=3)
-    if family == "qwen3" or not joint
+    if family != "phi3" or not joint
 ]
 
 

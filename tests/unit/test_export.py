@@ -96,7 +96,7 @@ def stock_student(family: str, kind: str, path: Path) -> Path:
     if kind == "masked":
         for name in spec.shapes_from_config(model):
             model.get_submodule(name).weight.data[:, ::2] = 0
-        model.config.mlp_mask = "wanda"
+        model.config.sparsekd_mask = "wanda"
     saving.save(model, source, path, "card")
     return path
 
@@ -171,7 +171,7 @@ def test_a_mask_and_its_name_survive_export(module_cache: Path, tmp_path: Path) 
     source = stock_student("phi3", "masked", tmp_path / "student")
     export.export(source, tmp_path / "out", card_facts={"sparsity": 0.5, "method": "wanda"})
     exported, ours = loading.load(tmp_path / "out" / "stock"), loading.load(source)
-    assert exported.config.mlp_mask == "wanda"
+    assert exported.config.sparsekd_mask == "wanda"
     assert all(torch.equal(t, exported.state_dict()[name]) for name, t in ours.state_dict().items())
     assert "no stock runtime is faster for it" in (tmp_path / "out" / "stock" / "README.md").read_text()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, FORMS, Form, student_of, tiny_config
+from models import FAMILIES, FORMS, STEMS, Form, student_of, tiny_config
 
 from sparsekd_ray.model import loading, low_rank
 
@@ -65,7 +65,7 @@ def test_the_order_of_the_inputs_is_whole_numbers_whatever_the_type_of_the_weigh
     assert not torch.equal(order, torch.arange(45))
     sparse.bfloat16().to(torch.float16).half().to("cpu", torch.bfloat16).save_pretrained(tmp_path)
     loaded = type(sparse).from_pretrained(tmp_path, dtype=torch.bfloat16)
-    rebuilt = loading.rebuild(loaded, loaded.config.mlp_ranks, loaded.state_dict())
+    rebuilt = loading.rebuild(loaded, loaded.config.sparsekd_ranks, loaded.state_dict())
     for model in (sparse, loaded, rebuilt):
         found = model.get_submodule("model.layers.1.mlp.down_proj").order
         assert found.dtype == torch.int64 and torch.equal(found, order)
@@ -136,7 +136,7 @@ def test_directory_round_trip_without_our_loader(form: Form, tied: bool, tmp_pat
     loaded, info = type(sparse).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(loaded(IDS).logits, sparse(IDS).logits)
-    assert loaded.config.mlp_ranks == sparse.config.mlp_ranks
+    assert loaded.config.sparsekd_ranks == sparse.config.sparsekd_ranks
 
 
 def test_missing_left_over_and_misshapen_weights_are_refused() -> None:
@@ -161,16 +161,16 @@ def test_missing_left_over_and_misshapen_weights_are_refused() -> None:
 def test_a_head_that_is_tied_in_name_only_is_refused() -> None:
     sparse, _ = student_of(Form("phi3"))
     state = {**sparse.state_dict(), "lm_head.weight": sparse.lm_head.weight.detach() + 1}
-    with pytest.raises(ValueError, match="num_parameters_expected"):
+    with pytest.raises(ValueError, match="sparsekd_parameters"):
         type(sparse).from_pretrained(None, config=sparse.config, state_dict=state)
 
 
 @pytest.mark.parametrize("expected", [None, 1])
 def test_building_without_the_right_count_is_refused(expected: int | None) -> None:
     values = tiny_config("qwen3", True).to_dict()
-    config = low_rank.SparseQwen3Config(**values | {"num_parameters_expected": expected})
-    with pytest.raises(ValueError, match=f"num_parameters_expected is {expected}"):
-        low_rank.SparseQwen3ForCausalLM(config)
+    config = low_rank.LowRankQwen3Config(**values | {"sparsekd_parameters": expected})
+    with pytest.raises(ValueError, match=f"sparsekd_parameters is {expected}"):
+        low_rank.LowRankQwen3ForCausalLM(config)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_building_without_the_right_count_is_refused(expected: int | None) -> No
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_makes_no_sense_is_refused(family: str, ranks: Any, storage: str, message: str) -> None:
-    config, model = (getattr(low_rank, f"Sparse{family.title()}{kind}") for kind in ("Config", "ForCausalLM"))
+    config, model = (getattr(low_rank, f"LowRank{STEMS[family]}{kind}") for kind in ("Config", "ForCausalLM"))
     with pytest.raises(ValueError, match=message):
-        model(config(**tiny_config(family, True).to_dict(), mlp_ranks=ranks, mlp_storage=storage))
+        model(config(**tiny_config(family, True).to_dict(), sparsekd_ranks=ranks, sparsekd_storage=storage))
 
 
 def test_gauge_storage_has_no_break_even() -> None:

@@ -114,7 +114,7 @@ def test_wanda_sees_what_the_pruned_model_would_show(kind: str, dtype: torch.dty
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = masks.wanda(model, text(), 0.5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert found.config.mlp_mask == "wanda" and not hasattr(model.config, "mlp_mask")
+    assert found.config.sparsekd_mask == "wanda" and not hasattr(model.config, "sparsekd_mask")
     naive_wanda(model, text(), 0.5)
     for name, tensor in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
@@ -161,7 +161,7 @@ def test_masked_model_is_stock_and_remembers_its_mask(family: str, tmp_path: Pat
     model = masks.magnitude(loading.load(source, dtype="bfloat16"), 0.5)
     saving.save(model, source, tmp_path / "out", "card")
     loaded = loading.load(tmp_path / "out")
-    assert type(loaded) is type(dense_model(family, True)) and loaded.config.mlp_mask == "magnitude"
+    assert type(loaded) is type(dense_model(family, True)) and loaded.config.sparsekd_mask == "magnitude"
     assert all(torch.equal(w == 0, weights(model)[name] == 0) for name, w in weights(loaded).items())
     assert model.dtype == torch.bfloat16
 

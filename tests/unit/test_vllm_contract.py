@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import FAMILIES, FORMS, Form, dense_directory, student_of, tiny_config
+from models import FAMILIES, FORMS, STEMS, Form, dense_directory, student_of, tiny_config
 from torch import nn
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _get_parameter_plan
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -59,7 +59,7 @@ def test_auto_model_loads_the_base_model_from_an_exported_directory(form: Form, 
     student, _ = student_of(form)
     saving.save(student, dense_directory(tmp_path / "dense", form.family, True), tmp_path / "out", "card")
     auto_map = spec.config_dict(tmp_path / "out")["auto_map"]
-    stem = f"modeling_sparsekd.Sparse{form.family.title()}"
+    stem = f"modeling_sparsekd.LowRank{STEMS[form.family]}"
     assert auto_map["AutoModel"] == f"{stem}Model" and auto_map["AutoConfig"] == f"{stem}Config"
     base, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(base) is type(student.model) and not info["missing_keys"] and not info["mismatched_keys"]
@@ -77,7 +77,7 @@ def test_all_customisation_is_in_the_base_model(family: str) -> None:
     student, _ = student_of(Form(family))
     causal = {name for name, module in student.named_children()}
     assert causal == {"model", "lm_head"} and type(student.lm_head) is nn.Linear
-    assert type(student).forward is getattr(transformers, f"{family.title()}ForCausalLM").forward
+    assert type(student).forward is getattr(transformers, f"{STEMS[family]}ForCausalLM").forward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,7 +161,7 @@ def test_every_rule_names_a_linear_layer_and_a_known_style(form: Form, dense_lay
     assert rules and rules <= generic
     assert set(plan.values()) - {"replicated_with_grad_allreduce"} <= VLLM_STYLES
     assert set(plan.values()) <= set(ALL_PARALLEL_STYLES)
-    stock = getattr(transformers, f"{form.family.title()}Config").base_model_tp_plan
+    stock = getattr(transformers, f"{STEMS[form.family]}Config").base_model_tp_plan
     assert {k: v for k, v in plan.items() if ".mlp." not in k} == {
         k: v for k, v in stock.items() if ".mlp." not in k
     }
@@ -176,15 +176,17 @@ def any_student(seed: int) -> Any:
     share, names = rng.choice([0, 0.5, 1]), []  # of layers where gate and up are one
     for layer in range(3):
         leaves = ["gate_up_proj"] if family == "phi3" or rng.random() < share else ["gate_proj", "up_proj"]
-        joint = family == "qwen3" and leaves == ["gate_up_proj"]
+        joint = family != "phi3" and leaves == ["gate_up_proj"]
         chosen = [leaf for leaf in leaves if joint or rng.random() < 0.6]
         chosen += ["down_proj"] if rng.random() < 0.6 else []
         names += [f"model.layers.{layer}.mlp.{leaf}" for leaf in chosen]
     ranks = {name: rng.choice([5, 8, 16]) for name in names}
-    config_class, model_class = (getattr(low_rank, f"Sparse{family.title()}{k}") for k in ("Config", "Model"))
-    form = {"mlp_storage": "gauge" if gauge else "factors", "mlp_bias": rng.random() < 0.3}
+    config_class, model_class = (getattr(low_rank, f"LowRank{STEMS[family]}{k}") for k in ("Config", "Model"))
+    form = {"sparsekd_storage": "gauge" if gauge else "factors", "sparsekd_bias": rng.random() < 0.3}
     torch.manual_seed(seed)
-    base = model_class(config_class(**tiny_config(family, True, **EVEN).to_dict(), mlp_ranks=ranks, **form))
+    base = model_class(
+        config_class(**tiny_config(family, True, **EVEN).to_dict(), sparsekd_ranks=ranks, **form)
+    )
     for name, tensor in base.state_dict().items():
         if name.endswith(".order"):
             tensor.copy_(torch.randperm(len(tensor)))
@@ -243,7 +245,7 @@ def split(module: nn.Module, styles: dict[str, str], name: str = "") -> None:
 def styles_of(base: Any, i: int, reader: Any) -> dict[str, str]:
     """The style of every linear layer in one MLP; vLLM's own where it fuses an MLP whose code it knows."""
     mlp, plan = base.layers[i].mlp, base.config.base_model_tp_plan
-    if reader is by_vllm and type(mlp).__name__ == "Qwen3MLP":
+    if reader is by_vllm and type(mlp).__name__ in ("Qwen3MLP", "LlamaMLP"):
         return {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
     names = [name for name, module in mlp.named_modules() if isinstance(module, nn.Linear)]
     return {name: reader(plan, f"layers.{i}.mlp.{name}") for name in names}
@@ -275,7 +277,7 @@ def test_what_is_summed_and_kept_is_small_where_it_can_be() -> None:
 def test_classes_of_mlps_are_alike_or_not_to_be_fused(form: Form, dense_layers: tuple[int, ...]) -> None:
     """vLLM looks at one MLP of a class and fuses gate and up, or not, in all of that class."""
     base = base_of(form, dense_layers)
-    stock = {"phi3": "Phi3MLP", "qwen3": "Qwen3MLP"}[form.family]
+    stock = f"{STEMS[form.family]}MLP"
     for i, layer in enumerate(base.layers):
         dense = all(isinstance(m, nn.Linear) for n, m in layer.mlp.named_children() if n.endswith("_proj"))
         assert dense == (i in dense_layers) == (type(layer.mlp).__name__ == stock)
