@@ -1,4 +1,4 @@
-"""Where and how a run runs. Nothing here changes the numbers, nor any fingerprint."""
+"""Where and how a run runs. Nothing here changes the numbers or a fingerprint."""
 
 from __future__ import annotations
 
@@ -10,35 +10,40 @@ from sparsekd_ray.config.base import Positive, Settings
 
 
 class Card(Settings):
+    """A kind of GPU."""
+
     name: str
+    """Its name, for the plan."""
     memory_gb: float = Field(gt=0)
+    """Its memory, in GB."""
     count: Positive = 1
+    """How many there are."""
 
 
 class Execution(Settings):
-    """Where and how it runs. Nothing here changes the numbers, nor any fingerprint."""
+    """Where and how the run runs. Nothing here changes the numbers or a fingerprint."""
 
     store: str = "store"
-    """Local directory or s3://bucket/prefix, shared by every node."""
+    """Where results are kept: a directory that every node sees, or s3://bucket/prefix."""
     scratch: str | None = None
-    """Local directory for downloads from an S3 store and for work in progress."""
+    """Local directory for downloads from an S3 store and for work in progress on it."""
     workers: Positive = 2
     """Data-parallel training workers."""
     actors: Positive = 2
-    """Teacher actors of a capture, at most."""
+    """Teacher actors of a capture, at most. Each holds one copy of the teacher."""
     gpus: bool = False
     """Ask Ray for one GPU per worker and per teacher actor."""
     threads: Positive = 2
     """CPU threads (and Ray CPUs) of every stage that is one process."""
     zero_stage: Literal[1, 2] = 2
-    """DeepSpeed ZeRO: partition optimiser states (1), and gradients too (2)."""
+    """DeepSpeed ZeRO. 1: optimiser states are divided between workers. 2: gradients are too."""
     offload: bool = False
-    """Keep optimiser states in host memory (for cards of 16 GB)."""
+    """Keep optimiser states in host memory, for cards of 16 GB."""
     recompute: bool = False
-    """Recompute activations in the backward pass instead of keeping them: less memory, a third more work."""
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
     micro_batch: Positive = 8
-    """Sequences per worker and forward pass, at most."""
+    """Sequences per worker and forward pass, at most. It does not change the result."""
     max_failures: int = Field(3, ge=0)
     """Restarts of a training worker group before the run gives up."""
     cards: tuple[Card, ...] = ()
-    """The GPUs meant for the run, for the plan's estimates."""
+    """The GPUs that you mean to use, for the estimates of a plan."""

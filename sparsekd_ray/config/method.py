@@ -1,4 +1,4 @@
-"""Settings of the method: what is kept of a teacher, how a model is cut, how a student learns, in which order."""
+"""Settings of the method: what is kept of the teacher, how a model is pruned, how a student learns."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ class Teacher(Settings):
     """What is kept of the teacher at each position, and in which form."""
 
     signal: Literal["topk", "sampled"] = "topk"
-    """The k likeliest ids with log-normalisers (exact, any stored temperature), or an unbiased sample (fewer bytes,
-    one temperature)."""
+    """topk: the k likeliest ids with exact log-normalisers, readable at each stored temperature. sampled: an unbiased
+    sample, in fewer bytes and readable at one temperature."""
     codec: Literal["plain", "compact"] = "plain"
-    """Columns of numbers that any program reads, or a third of the bytes with a mean KL to them below 1e-3 nat."""
+    """plain: columns of numbers that any program reads. compact: about a quarter of the bytes, with a mean KL to plain
+    below 1e-3 nat."""
     k: Positive = 32
+    """topk: ids kept per position."""
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.5, 2.0, 4.0)
-    """Temperatures whose log-normaliser over the whole vocabulary is stored; of a sample, its one temperature."""
+    """topk: temperatures whose log-normaliser over the whole vocabulary is stored; 1 needs none. sampled: the one
+    temperature of the sample."""
     bytes_per_token: float = Field(16.0, gt=2)
-    """Size of a sampled cache; sets the threshold above which probabilities are kept exactly."""
+    """sampled: size to aim at. It decides the threshold above which probabilities are kept exactly."""
 
     @model_validator(mode="after")
     def _one_temperature(self) -> Teacher:
@@ -48,9 +51,10 @@ class Calibrate(Settings):
     """What pruning measures of a model on the training text: Gram matrices, Fisher scalars, hidden-state angles."""
 
     samples: Positive = 64
-    """Training sequences, drawn over all domains; four tokens or more for each input of the widest matrix."""
+    """Training sequences to measure on, from all domains. Their tokens should be at least four times the inputs of the
+    widest matrix."""
     seed: int = 0
-    """Which sequences are drawn."""
+    """Decides which sequences are drawn."""
 
 
 class Prune(Settings):
@@ -58,71 +62,83 @@ class Prune(Settings):
 
     method: Method = Field("svd", description=methods.in_words())
     allocation: Allocation = "tiered"
-    """How svd methods share the budget: the same share for all, SparseKD's tiers, one energy threshold, or the
-    smallest predicted loss (exact). The other methods treat all layers alike."""
+    """How the svd methods divide the budget between matrices. uniform: the same share for all. tiered: SparseKD's
+    shares. energy: one threshold of energy for all. optimal: the ranks of the smallest predicted loss, solved exactly.
+    The other methods treat all layers alike."""
     align: Positive = 1
-    """Ranks and widths are multiples of this (64 on GPUs; 1 where the model is too small for it)."""
+    """Ranks and widths are multiples of this: 64 on GPUs, 1 for a small model."""
     storage: Literal["factors", "gauge"] = "factors"
-    """Of a low-rank matrix: two factors, or the smaller pivoted form: r (m + n − r) parameters, not r (m + n)."""
+    """Form of a low-rank matrix. factors: two factors, with r (m + n) parameters. gauge: a pivoted form, with
+    r (m + n − r)."""
     bias: bool = False
-    """Whitened SVD: add the mean output that the factors miss, one bias per matrix."""
+    """svd-whitened: give each matrix a bias, the mean output that its factors miss."""
     score: Literal["elimination", "leverage"] = "elimination"
-    """neurons: taken out one by one, each time the one that costs least after the refit, or all at once by leverage."""
+    """neurons: how they are chosen. elimination: one by one, each time the one that costs least once the others are
+    refitted. leverage: all at once."""
     drop: Literal["block", "influence"] = "block"
-    """depth: the consecutive layers that turn the residual stream least, or the single layers of least influence."""
+    """depth: which layers are dropped. block: the consecutive layers that turn the residual stream least. influence:
+    the single layers of least influence."""
     alpha: float = Field(0.4, ge=0, le=1)
-    """sdm: weight of self-distillation in the second phase, beside cross-entropy (SDMPrune: 0.4 at 20 %)."""
+    """sdm: weight of self-distillation against cross-entropy in the second phase (SDMPrune: 0.4 at 20 %)."""
     temperature: float = Field(0.5, gt=0, le=1)
-    """sdm: the teacher's temperature, one that the cache holds."""
+    """sdm: temperature of the teacher. The cache must hold it."""
 
 
 class Distill(Settings):
     """How a student learns: α · T² · KL(teacher ‖ student) + (1 − α) · CE."""
 
     temperature: float = Field(2.0, gt=0)
+    """T, of teacher and student. The cache must hold it."""
     alpha: float = Field(0.5, ge=0, le=1)
+    """α, the weight of the teacher against cross-entropy."""
     lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
     batch: Positive = 8
     """Sequences per optimiser step, over all workers."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the training samples, at most."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises linearly; it then falls to a tenth along a cosine."""
+    """Share of the steps over which the learning rate rises linearly. It then falls to a tenth along a cosine."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay."""
     grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient; a longer gradient is scaled down to it."""
     validate_every: Positive = 32
-    """Steps between validations; a checkpoint is written at each."""
+    """Steps between validations. Each validation writes a checkpoint."""
     patience: Positive = 3
     """Stop after this many validations without a new minimum, or with gains below `min_gain`."""
     min_gain: float = Field(1e-3, ge=0)
     """Relative gain in validation perplexity below which a validation counts as saturated."""
     train_embeddings: bool = True
-    """Train the embedding and the head too. False saves a third of the loss's work and its Adam state."""
+    """Also train the embedding and the head. False saves a third of the loss's work, and their Adam state."""
 
 
 class Round(Settings):
     """One round: prune the current student to a size, then distill it."""
 
     sparsity: Fraction
-    """Fraction of the dense model's MLP parameters removed once the round is over."""
+    """Share of the dense model's MLP parameters that is removed after this round."""
     teacher: TeacherPolicy = "dense"
     """Whose probabilities the student learns: the dense model's, Dense+KD's, or the previous round's student's."""
     lr: float | None = Field(None, gt=0)
-    """Learning rate of this round, where it differs from `distill.lr`."""
+    """Peak learning rate of this round, if it differs from `distill.lr`."""
 
 
 class Baseline(Settings):
     """A student by another method, to compare the rounds with: the dense model pruned once and distilled once."""
 
     method: Method
+    """Pruning method, as in `prune.method`."""
     sparsity: Fraction
+    """Share of the dense model's MLP parameters that is removed."""
     allocation: Allocation = "optimal"
-    """How svd methods share the budget. The other methods do not read it."""
+    """How the svd methods divide the budget between matrices. The other methods do not read it."""
     teacher: Literal["dense", "dense+kd"] = "dense"
+    """Whose probabilities the student learns: the dense model's or Dense+KD's."""
     lr: float | None = Field(None, gt=0)
-    """Learning rate, where it differs from `distill.lr`."""
+    """Peak learning rate, if it differs from `distill.lr`."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training samples, where they differ from `distill.epochs`."""
+    """Passes over the training samples, if they differ from `distill.epochs`."""
 
     @model_validator(mode="after")
     def _allocation_is_read(self) -> Baseline:
@@ -139,13 +155,17 @@ class Baseline(Settings):
 
 
 class Cascade(Settings):
+    """Which models are made: rounds, baselines and controls."""
+
     rounds: tuple[Round, ...] = (Round(sparsity=0.15), Round(sparsity=0.35), Round(sparsity=0.65))
+    """The rounds, each on top of the one before."""
     baselines: tuple[Baseline, ...] = ()
     """Students by other methods, for comparison."""
     controls: tuple[Control, ...] = ("dense+kd", "ce-only", "kl-only")
-    """Trained from the unpruned model with the same data, steps and learning rate, to tell where a gain comes from."""
+    """Models that train without pruning on the same data, steps and learning rate. They tell where a gain comes
+    from."""
     seeds: tuple[int, ...] = Field((42,), min_length=1)
-    """Seeds of the order of samples; several give means and standard deviations."""
+    """Seeds of the order of samples. Several seeds give means and standard deviations."""
 
     @model_validator(mode="after")
     def _increasing(self) -> Cascade:

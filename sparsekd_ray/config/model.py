@@ -11,27 +11,34 @@ from sparsekd_ray.config.text import Source
 
 
 class Standin(Settings):
-    """A small model of a real architecture, trained here, so that the cascade runs without a model hub."""
+    """A small model of a real architecture. The run trains it, so no model hub is needed."""
 
     family: Literal["phi3", "qwen3"] = "phi3"
+    """Architecture."""
     hidden: Positive = 128
+    """Width of the residual stream."""
     intermediate: Positive = 352
+    """Neurons of each MLP."""
     layers: Positive = 4
+    """Number of layers."""
     heads: Positive = 4
+    """Attention heads per layer."""
     kv_heads: Positive = 2
+    """Key and value heads per layer."""
     vocab: int = Field(2048, ge=300)
-    """Size of the byte-level BPE vocabulary, trained on the same text."""
+    """Size of the byte-level BPE vocabulary. It is trained on the same text."""
     steps: Positive = 400
+    """Optimiser steps of its training."""
     batch: Positive = 8
-    """Sequences per step, of `corpus.seq_len` tokens; `steps × batch` sequences are read once."""
+    """Sequences of `corpus.seq_len` tokens per step. Each of the `steps × batch` sequences is read once."""
     lr: float = Field(0.02, gt=0)
     """Peak learning rate of Muon (matrices)."""
     lr_adam: float = Field(0.03, gt=0)
     """Peak learning rate of AdamW (embedding and norms)."""
     unseen: tuple[str, ...] = ()
-    """Names of corpus sources kept out of this model's training: their text is new to it in the calibration mix."""
+    """Names of corpus sources that this model is not trained on. Their text is new to it in the training mix."""
     sources: tuple[Source, ...] = ()
-    """Text to train on; without any, the corpus's own sources but the unseen ones."""
+    """Text to train on. Without any, these are the corpus's sources except `unseen`."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Standin:
@@ -44,26 +51,39 @@ class Standin(Settings):
 
 
 class Shape(Settings):
-    """What the plan needs to know of a model before its weights are at hand; checked against the real one on load."""
+    """Shape of a model, for plans that are made before its weights are at hand. Loading checks it against the model."""
 
     family: Literal["phi3", "qwen3"]
+    """Architecture."""
     hidden: Positive
+    """Width of the residual stream."""
     intermediate: Positive
+    """Neurons of each MLP."""
     layers: Positive
+    """Number of layers."""
     heads: Positive
+    """Attention heads per layer."""
     kv_heads: Positive
+    """Key and value heads per layer."""
     vocab: Positive
+    """Rows of the embedding."""
     head_dim: int | None = None
+    """Width of a head, if it is not hidden / heads."""
     tied: bool = True
+    """Whether embedding and head share their weights."""
 
 
 class Model(Settings):
-    """The dense model: a hub id or local directory, or a stand-in trained here. Exactly one of the two."""
+    """The dense model: either `path` or `standin`."""
 
     path: str | None = None
+    """Hub id or local directory of the model."""
     revision: str | None = None
+    """Hub revision (commit) of `path`. It is part of the model's identity."""
     standin: Standin | None = None
+    """A small model that the run trains itself."""
     shape: Shape | None = None
+    """Shape of the model, for the estimates of a plan."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Model:
