@@ -145,7 +145,7 @@ def _texts(summary: Summary, both: Row) -> Iterator[str]:
         part = _log_change(summary, both, unseen) / total
         share = "More than all" if part > 1 else percent(part, 0)
         what = "mostly new text learnt" if part >= 0.5 else "mostly a better fit to text the dense model knew"
-        yield f"{share} of that gain in log-perplexity lies in {', '.join(unseen)}: the gain is {what}."
+        yield f"{share} of {KD}'s gain in log-perplexity lies in {', '.join(unseen)}: it is {what}."
 
 
 def _students(summary: Summary) -> Iterator[str]:
@@ -170,7 +170,7 @@ def _baselines(summary: Summary) -> Iterator[str]:
     """Each baseline against the rounds that removed about as much."""
     for row in of_kind(summary, "baseline"):
         rounds = [r for r in of_kind(summary, "round") if abs(r["sparsity"] - row["sparsity"]) <= NEAR]
-        none = f"No round has about its sparsity, {percent(row['sparsity'])}."
+        none = f"No round removed about as much ({percent(row['sparsity'])})."
         against = " ".join(_against(row, round_) for round_ in rounds) or none
         yield (
             f"{row['stage']} is the dense model pruned once ({row['method']}) and distilled once. "
