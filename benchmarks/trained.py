@@ -10,7 +10,6 @@ import pyarrow as pa
 from sparsekd_ray import corpus
 from sparsekd_ray.cascade import job
 from sparsekd_ray.cascade.steps import Step
-from sparsekd_ray.cli import DEFAULT
 from sparsekd_ray.config import load
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import loading
@@ -39,7 +38,7 @@ class Demo(NamedTuple):
 
 
 def open_store(root: str) -> Demo:
-    steps = job.preflight(load(DEFAULT))
+    steps = job.preflight(load("laptop"))
     return Demo(
         Store(root if "://" in root else str(Path(root).absolute())), {step.name: step for step in steps}
     )

@@ -1,6 +1,9 @@
-"""The command line of every job: a YAML file, dotted overrides, `--help` with the loaded values as defaults.
+"""The command line: `sparsekd COMMAND …`, and the same commands as scripts under jobs/.
 
-    python jobs/cascade.py --config jobs/configs/laptop.yaml --distill.lr 3e-4 --dry-run
+    sparsekd cascade --config laptop --distill.lr 3e-4 --dry-run
+
+A command is a function of `commands.py`. Its settings come from a YAML file and from dotted options, and `--help`
+shows the loaded values as defaults. What it returns is printed as the last line, `RESULT {json}`.
 
 Nothing heavy is imported here: help answers in well under a second.
 """
@@ -8,39 +11,84 @@ Nothing heavy is imported here: help answers in well under a second.
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsekd_ray.config import Config, load
-from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.config import load
+from sparsekd_ray.errors import ConfigError, SparseKDError
+from sparsekd_ray.runtime import logging
 
-DEFAULT = Path(__file__).parent.parent / "jobs" / "configs" / "laptop.yaml"
 
-
-def parse(
-    description: str,
-    argv: Sequence[str],
-    more: Callable[[argparse.ArgumentParser], None] = lambda options: None,
-) -> tuple[Config, argparse.Namespace]:
-    """The configuration, and the options that are none of it: `config`, `dry_run` and those that `more` adds."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command, `argv` or this process's own arguments; the exit status."""
+    logging.setup()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads leave the cores alone
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")
+    try:
+        result = _run(list(sys.argv[1:] if argv is None else argv))
+    except SparseKDError as error:
+        return fail(error)
+    logging.headline(f"RESULT {json.dumps(result)}")
+    return 0
+
+
+def _run(arguments: list[str]) -> Any:
+    from sparsekd_ray.commands import COMMANDS
+
+    command: Any = COMMANDS
+    names: list[str] = []
+    while isinstance(command, Mapping):
+        if not arguments or arguments[0] not in command:
+            _choose(command, names, arguments or ["--help"])
+        names.append(arguments.pop(0))
+        command = command[names[-1]]
+    return _call(command, arguments, f"sparsekd {' '.join(names)}")
+
+
+def _choose(commands: Mapping[str, Any], names: Sequence[str], arguments: Sequence[str]) -> None:
+    """Prints the commands to choose from, and an error unless help was asked for; ends the process."""
     import tyro
 
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--config", type=Path, default=DEFAULT)
-    options.add_argument("--dry-run", action="store_true")
-    more(options)
-    ours, overrides = options.parse_known_args(argv)
-    usage = (
-        f"{description}\n\n--config FILE   settings that differ from the defaults (now {ours.config})\n"
-        "--dry-run       print what would be done, and stop"
+    def listed(command: Any) -> Any:
+        about = (
+            ", ".join(command) if isinstance(command, Mapping) else (command.__doc__ or "").split("\n\n")[0]
+        )
+
+        def stub() -> None: ...
+
+        stub.__doc__ = about
+        return stub
+
+    tyro.extras.subcommand_cli_from_dict(
+        {name: listed(command) for name, command in commands.items()},
+        prog=" ".join(["sparsekd", *names]),
+        args=list(arguments),
+        description="Every command takes --help.",
     )
-    default = load(ours.config)
+
+
+def _call(command: Any, arguments: Sequence[str], program: str) -> Any:
+    import tyro
+
+    if "common" in inspect.signature(command).parameters:
+        from sparsekd_ray.commands import Common
+
+        file = _config_file(arguments, Common.config)
+        command = functools.partial(command, common=Common(load(file), file))
     plain = (tyro.conf.AvoidSubcommands,)
-    return tyro.cli(Config, description=usage, default=default, args=overrides, config=plain), ours
+    return tyro.cli(command, prog=program, args=list(arguments), config=plain)
+
+
+def _config_file(arguments: Sequence[str], default: str) -> str:
+    """The value of --config: its settings are the defaults of all other options, so it is read first."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=default)
+    return parser.parse_known_args(arguments)[0].config
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:

@@ -31,8 +31,8 @@ from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.store import Store
 
 
-def main(config: Config, command: str, dry_run: bool) -> None:
-    """Runs the cascade, or with `dry_run` only prints what it would do."""
+def main(config: Config, command: str, dry_run: bool) -> dict[str, Any]:
+    """Runs the cascade, or with `dry_run` only prints what it would do; where report and model are, and figures."""
     started = time.monotonic()
     store = open_store(config)
     steps = preflight(config)
@@ -40,9 +40,13 @@ def main(config: Config, command: str, dry_run: bool) -> None:
         store.check()
     records = find(steps, store)
     headline(console.plan_text(config, steps, records))
-    if dry_run:
-        return
     reused = set(records)
+    if dry_run:
+        return {
+            "dry_run": True,
+            "steps": len(steps),
+            "missing": [s.name for s in steps if s.name not in reused],
+        }
     with store.lease(f"runs/{config.name}/driver", f"run {config.name}") as lease:
         write_run(config, steps, store)
         if len(records) < len(steps):
@@ -51,7 +55,18 @@ def main(config: Config, command: str, dry_run: bool) -> None:
             driver.run(config, steps, store, lease.ensure)
             records = find(steps, store)
         facts = {"command": command, "reused": reused, "seconds": time.monotonic() - started}
-        report(config, steps, records, store, facts)
+        paths = report(config, steps, records, store, facts)
+    return paths | {
+        "dry_run": False,
+        "steps": len(steps),
+        "made": len(steps) - len(reused),
+        "seconds": round(time.monotonic() - started, 1),
+        "perplexity": {
+            step.name.removeprefix("evaluate "): records[step.name]["metrics"]["sliding"]["ppl"]
+            for step in steps
+            if step.kind == "evaluate"
+        },
+    }
 
 
 def preflight(config: Config) -> list[Step]:
@@ -92,8 +107,8 @@ def report(
     records: dict[str, dict[str, Any]],
     store: Store,
     facts: dict[str, Any],
-) -> None:
-    """Writes report and metrics, and prints where they are and how to load the smallest model.
+) -> dict[str, str]:
+    """Writes report and metrics, prints where they are and how to load the smallest model; these paths.
 
     A run in which everything was there already keeps the report of the run that made it, if it is of the same plan.
     """
@@ -104,11 +119,14 @@ def report(
         headline("nothing to do: every step was done before")
     else:
         _render(config, steps, records, store, facts)
-    headline(f"\nreport   {store.root}/{folder}/report.html")
+    paths = {"report": f"{store.root}/{folder}/report.html"}
+    headline(f"\nreport   {paths['report']}")
     if any(step.kind == "export" for step in steps):
         best = _best_export(steps, records)
-        headline(f"model    {store.root}/{best.ref.key}/{exported(records[best.name])}")
+        paths["model"] = f"{store.root}/{best.ref.key}/{exported(records[best.name])}"
+        headline(f"model    {paths['model']}")
         headline(f"load it  {load_command(store, best, records[best.name])}")
+    return paths
 
 
 def _best_export(steps: list[Step], records: dict[str, dict[str, Any]]) -> Step:

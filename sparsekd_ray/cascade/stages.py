@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekd_ray.cascade.steps import ExportSettings, PruneSettings, Step, TokenizerSettings
 from sparsekd_ray.config import Calibrate, Corpus, Evaluate, Execution, Model, Standin
+from sparsekd_ray.errors import ModelError
 from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.store.checkpoints import Checkpoints
@@ -121,6 +122,7 @@ def _evaluate(settings: Evaluate, inputs: dict[str, Path], out: Path, gpu: bool)
     from sparsekd_ray.evaluate.protocols import HeldOut, evaluate
     from sparsekd_ray.model import loading
 
+    _check_tokenizer(inputs["model"], inputs["texts"])
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     model = loading.load(inputs["model"], dtype=dtype, device=device)
     texts = {
@@ -131,6 +133,22 @@ def _evaluate(settings: Evaluate, inputs: dict[str, Path], out: Path, gpu: bool)
     figures = evaluate(model, tokenizer, texts, settings.protocols)
     (out / "perplexity.json").write_text(json.dumps(figures, indent=1, sort_keys=True))
     return dict(figures)
+
+
+def _check_tokenizer(model: Path, texts: Path) -> None:
+    """ModelError unless the model's tokenizer is the one that the corpus was made with."""
+    from transformers import AutoTokenizer
+
+    from sparsekd_ray import corpus
+
+    if (
+        corpus.tokenizer_hash(AutoTokenizer.from_pretrained(model))
+        != corpus.read_manifest(texts)["tokenizer_hash"]
+    ):
+        raise ModelError(
+            f"the tokenizer in {model} is not the one that the text was tokenized with: evaluate the model with the "
+            "settings it was made with (--config), or with this model as their dense model"
+        )
 
 
 def _metrics(store: Store, ref: Ref) -> dict[str, Any]:

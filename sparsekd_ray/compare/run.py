@@ -1,78 +1,27 @@
-"""Pruning alone, and all methods side by side: what `jobs/prune.py` runs, on the cascade's own steps and driver."""
+"""All methods side by side: what `sparsekd prune compare` runs, on the cascade's own steps and driver."""
 
 from __future__ import annotations
 
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsekd_ray import corpus
-from sparsekd_ray.cascade import console, feasibility, job, steps
-from sparsekd_ray.cascade.steps import PlanBuilder, Step
+from sparsekd_ray.cascade import console, feasibility, job
+from sparsekd_ray.cascade.single import make
+from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.compare import comparison
 from sparsekd_ray.config import Config
-from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import hub
-from sparsekd_ray.prune.methods import METHODS
-from sparsekd_ray.runtime.logging import headline, listening
-from sparsekd_ray.runtime.tasks import map_on_ray
-from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.runtime.logging import headline
+from sparsekd_ray.store import Store
 
 logger = logging.getLogger(__name__)
 
-PRUNED = "pruned"
 PROMPT, NEW_TOKENS, REPEATS = 128, 32, 7  # of a speed measurement
-
-
-def run(config: Config, sparsity: float, dry_run: bool, table: Callable[[list[Any]], None]) -> None:
-    """Prunes the dense model once, judges and exports it; with `dry_run`, measures what a plan needs, prints the
-    table of matrices and makes no model."""
-    planned = plan_one(config, sparsity)
-    store, settings = job.open_store(config), next(s for s in planned if s.name == PRUNED)
-    wanted = planned[: planned.index(settings)] if dry_run else planned
-    records = make(config, wanted, store)
-    if not dry_run:
-        export = planned[-1]
-        headline(f"\nmodel    {store.url(export.ref.key)}/{job.exported(records[export.name])}")
-        headline(f"load it  {job.load_command(store, export, records[export.name])}")
-        return
-    from sparsekd_ray.prune import preview
-    from sparsekd_ray.runtime.cluster import connected
-
-    task = _task(settings, planned, store, config.execution.gpus)
-    with connected(config.execution), listening() as log_queue:
-        rows = preview.table(task, map_on_ray(config.execution, log_queue))
-    table([row._asdict() for row in (*rows, preview.total(rows))])
-
-
-def sparsity_of_energy(config: Config, tau: float) -> float:
-    """The sparsity at which one energy threshold of `tau` prunes the dense model: the budget that it stands for.
-
-    ConfigError where that is none, since the spectra of language models are flat."""
-    planned = plan_one(config, 0.5)  # any size: only what comes before the cut is made
-    store, step = job.open_store(config), next(s for s in planned if s.name == PRUNED)
-    make(config, planned[: planned.index(step)], store)
-    from sparsekd_ray.runtime.cluster import connected
-
-    task = _task(step, planned, store, config.execution.gpus)
-    measured = task.statistics.fingerprint if task.statistics else "plain"
-    task = replace(
-        task, out=Ref("prune", f"spectra-{task.settings.method}-{task.model.fingerprint}", measured)
-    )
-    with connected(config.execution), listening() as log_queue:
-        energy = METHODS[task.settings.method].energy
-        assert energy is not None, "whoever asks for an energy has checked that the method has one"
-        found = energy(task, tau, map_on_ray(config.execution, log_queue))
-    headline(f"energy {tau:g} stands for a sparsity of {found:.4f}")
-    if found <= 0:
-        raise ConfigError(
-            f"with {tau:.1%} of their energy the matrices of this model are no smaller: lower --energy"
-        )
-    return found
 
 
 def compare(
@@ -118,39 +67,6 @@ def compare(
     folder = f"{store.root}/runs/{config.name}"
     headline(f"\ntable    {folder}/comparison.json\ndrawing  {folder}/comparison.png")
     return rows
-
-
-def make(config: Config, planned: list[Step], store: Store) -> dict[str, dict[str, Any]]:
-    """Makes what is missing of a plan, under the run's lease; the records of all of it."""
-    store.check()
-    records = job.find(planned, store)
-    headline(console.plan_text(config, planned, records))
-    with store.lease(f"runs/{config.name}/driver", f"run {config.name}") as lease:
-        job.write_run(config, planned, store)
-        if len(records) < len(planned):
-            from sparsekd_ray.cascade import driver  # imports Ray
-
-            driver.run(config, planned, store, lease.ensure)
-    return job.find(planned, store)
-
-
-def plan_one(config: Config, sparsity: float) -> list[Step]:
-    feasibility.check_settings(config.prune)
-    feasibility.check(f"--sparsity {sparsity:g}", hub.mlp_shapes(config.model), config.prune, [sparsity])
-    job.check_vocabulary(config)
-    builder = PlanBuilder(config)
-    steps.dense(builder, corpus.identify, {} if config.model.standin else hub.identify(config.model))
-    steps.prune(builder, PRUNED, sparsity, "dense", config.prune)
-    steps.evaluate(builder, PRUNED)
-    steps.export(builder, PRUNED, sparsity, config.prune.method)
-    return builder.steps
-
-
-def _task(step: Step, planned: list[Step], store: Store, gpu: bool) -> Any:
-    from sparsekd_ray.cascade import stages
-
-    refs: dict[str, Ref] = {s.name: s.ref for s in planned}
-    return stages.prune_task(step, {role: refs[name] for role, name in step.inputs.items()}, store, gpu)
 
 
 def device(config: Config) -> str:

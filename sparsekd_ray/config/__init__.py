@@ -1,13 +1,13 @@
 """The whole settings tree: what a run computes (identity) and, apart from it, where and how it runs (execution).
 
 Everything outside `Execution` changes the numbers and is fingerprinted, stage by stage, in `cascade/fingerprint.py`;
-nothing inside `Execution` ever is. A YAML file under `jobs/configs/` holds only what differs from the defaults
-written here; dotted options on the command line come last: defaults < YAML < `--distill.lr 3e-4`.
+nothing inside `Execution` ever is. A YAML file, such as those of `sparsekd_ray/configs/`, holds only what differs from
+the defaults written here; dotted options on the command line come last: defaults < YAML < `--distill.lr 3e-4`.
 """
 
 from sparsekd_ray.config.base import Allocation, Control, Method, Settings
 from sparsekd_ray.config.execution import Card, Execution
-from sparsekd_ray.config.file import explain, load, parse
+from sparsekd_ray.config.file import explain, load, parse, shipped
 from sparsekd_ray.config.method import Baseline, Calibrate, Cascade, Distill, Evaluate, Prune, Round, Teacher
 from sparsekd_ray.config.model import Model, Shape, Standin
 from sparsekd_ray.config.text import Corpus, Source
@@ -37,4 +37,5 @@ __all__ = [
     "explain",
     "load",
     "parse",
+    "shipped",
 ]

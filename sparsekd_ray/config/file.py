@@ -13,18 +13,28 @@ from sparsekd_ray.config.base import Settings
 from sparsekd_ray.config.tree import Config
 from sparsekd_ray.errors import ConfigError
 
+SHIPPED = Path(__file__).parent.parent / "configs"
 
-def load(path: Path) -> Config:
-    """Reads a YAML file into a `Config`; `ConfigError` names the file and every key that is wrong."""
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def load(path: Path | str) -> Config:
+    """Reads a YAML file, or the shipped configuration of that name; ConfigError names the file and every wrong key."""
+    path = shipped().get(str(path), Path(path))
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Shipped configurations: {_shipped()}") from None
+        raise ConfigError(
+            f"{path}: no such file. Shipped configurations, which need no path: {', '.join(shipped())}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not a YAML file: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path}: expected a YAML mapping of settings, as in jobs/configs/laptop.yaml, found {type(tree).__name__}"
+            f"{path}: expected a YAML mapping of settings, as in {SHIPPED / 'laptop.yaml'}, found {type(tree).__name__}"
         )
     return parse(tree, str(path))
 
@@ -63,8 +73,3 @@ def _settings_class(annotation: Any) -> Any:
     return next(
         (found for arg in getattr(annotation, "__args__", ()) if (found := _settings_class(arg))), None
     )
-
-
-def _shipped() -> str:
-    folder = Path("jobs/configs")
-    return ", ".join(str(p) for p in sorted(folder.glob("*.yaml"))) or "none found under jobs/configs"

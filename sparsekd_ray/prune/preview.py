@@ -1,4 +1,4 @@
-"""What a pruning would do, matrix by matrix, before it is done: the table of `--dry-run`."""
+"""What a pruning would do, matrix by matrix, before it is done: the table of `sparsekd prune preview`."""
 
 from __future__ import annotations
 

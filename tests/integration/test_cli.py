@@ -1,35 +1,80 @@
 """The command as a user types it: help is fast, bad input ends in one clear message and a status that is not 0."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import models
 import pytest
 
 from sparsekd_ray import cli
+from sparsekd_ray.commands import COMMANDS
+from sparsekd_ray.config import load
 
 ROOT = Path(__file__).parents[2]
 
 
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+STAGES = ("corpus", "capture", "prune", "distill", "evaluate", "export")
+
+
 def run(*arguments: str, job: str = "cascade", **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"jobs/{job}.py", *arguments]
-    known = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    known = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=ROOT, env=known | environment, capture_output=True, text=True, timeout=100
     )
 
 
-def test_help_imports_nothing_heavy():
+def result(found: subprocess.CompletedProcess[str]) -> Any:
+    """What the last line of a command's output holds."""
+    last = found.stdout.splitlines()[-1]
+    assert last.startswith("RESULT "), last
+    return json.loads(last.removeprefix("RESULT "))
+
+
+def test_there_is_a_job_for_every_stage_and_every_job_is_a_command():
+    assert set(STAGES) | {"cascade", "cache"} == set(JOBS)
+    assert set(JOBS) | {"configs"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_is_fast_and_imports_nothing_heavy(job):
     code = (
-        "import sys; from sparsekd_ray import cli\n"
-        "try: cli.parse('', ['--help'])\n"
-        "except SystemExit: pass\n"
-        "print({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules))"
+        "import sys, runpy, time; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(time.process_time(), {'torch', 'ray', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "--distill.temperature" in found.stdout and found.stdout.strip().endswith("set()")
+    path = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, f"jobs/{job}.py", *(["run"] if job == "prune" else []), "--help"]
+    found = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True, check=True)
+    seconds, heavy = found.stdout.splitlines()[-1].split(maxsplit=1)
+    assert heavy == "set()" and float(seconds) < 1.5
+    assert ("--distill.temperature" in found.stdout and "--dry-run" in found.stdout) == (job != "cache")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_leaves_the_module_path_alone(job):
+    text = (ROOT / "jobs" / f"{job}.py").read_text()
+    assert "sys.path" not in text and len(text.splitlines()) <= 40
+
+
+def test_the_shipped_configurations_are_listed_and_found_by_name():
+    found = subprocess.run(
+        [sys.executable, "-c", "from sparsekd_ray.cli import main; main(['configs'])"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(result(found)) == {"laptop", "phi4_mini", "qwen3_0_6b"}
+    assert load("laptop") == load(ROOT / "jobs" / "configs" / "laptop.yaml")
 
 
 @pytest.mark.parametrize(
@@ -65,30 +110,65 @@ def test_a_cluster_that_does_not_answer_is_said_within_seconds(tmp_path):
     assert time.monotonic() - started < 60
 
 
-def test_a_dry_run_writes_nothing(tmp_path):
-    found = run("--execution.store", str(tmp_path / "store"), "--dry-run")
-    assert found.returncode == 0 and "0 done" in found.stdout
+@pytest.mark.parametrize(
+    "job, arguments, last",
+    [
+        ("cascade", [], "export svd-whitened 65%"),
+        ("corpus", [], "corpus"),
+        ("capture", [], "cache dense"),
+        ("prune", ["run", "--sparsity", "0.3"], "export pruned"),
+        ("distill", ["--sparsity", "0.3"], "export student"),
+        ("evaluate", [str(ROOT / "model")], "evaluate model"),
+    ],
+)
+def test_a_dry_run_prints_the_plan_and_writes_nothing(job, arguments, last, tmp_path):
+    if job == "evaluate":
+        arguments = [str(models.dense_directory(tmp_path / "model", "qwen3", True))]
+    found = run(*arguments, "--execution.store", str(tmp_path / "store"), "--dry-run", job=job)
+    assert found.returncode == 0 and "0 done" in found.stdout, found.stderr
+    assert result(found)["dry_run"] is True and result(found)["missing"][-1] == last
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("job, commands", [("prune", ["run", "compare"]), ("cache", ["verify", "show"])])
+@pytest.mark.parametrize("arguments", [["--help"], []], ids=" ".join)
+def test_a_job_of_several_commands_lists_them(job, commands, arguments):
+    found = run(*arguments, job=job)
+    assert found.returncode == 0 and all(command in found.stdout for command in commands)
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--help"], [], ["run", "--help"], ["compare", "--help"]], ids=" ".join
+    "job, arguments, message",
+    [
+        ("distill", ["--sparsity", "1"], "--sparsity 1: give a share between 0 and 1"),
+        ("distill", [], "--sparsity"),
+        ("distill", ["--sparsity", "0.9999"], "can remove at most"),
+        ("evaluate", ["/no/such/model"], "'/no/such/model' is no directory"),
+        ("evaluate", ["/elsewhere/artifacts/distill/a-0123456789ab"], "give --execution.store /elsewhere"),
+        ("export", ["store/model"], "is no artifact"),
+        (
+            "export",
+            ["store/artifacts/cache/top32-0123456789ab"],
+            "is of the kind cache; allowed: prune, distill",
+        ),
+        ("export", ["store/artifacts/prune/svd-0123456789ab"], "is no finished artifact"),
+    ],
 )
-def test_pruning_tells_how_it_is_called(arguments):
-    found = run(*arguments, job="prune")
-    assert found.returncode == 0 and "--methods M" in found.stdout and "--sparsity S" in found.stdout
-    assert ("--prune.storage" in found.stdout) == (len(arguments) == 2)
+def test_bad_input_of_a_stage_is_explained_before_any_work(job, arguments, message):
+    found = run(*arguments, job=job)
+    assert found.returncode != 0
+    assert message in found.stdout + found.stderr and "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["walk"], "found 'walk' where `run` or `compare` belongs"),
-        (["run"], "run prunes to one size: give one --sparsity S"),
-        (["run", "--sparsity", "0.3", "0.5"], "run prunes to one size"),
-        (["run", "--sparsity", "1.5"], "--sparsity 1.5: a share between 0 and 1"),
-        (["run", "--sparsity", "half"], "invalid float value: 'half'"),
-        (["run", "--sparsity", "0.3", "--methods", "svd"], "belong to compare"),
+        (["walk"], "walk"),
+        (["run"], "a pruning has one size"),
+        (["run", "--sparsity", "0.3", "0.5"], "Unrecognized options: 0.5"),
+        (["run", "--sparsity", "1.5"], "--sparsity 1.5: give a share between 0 and 1"),
+        (["run", "--sparsity", "half"], "half"),
+        (["run", "--sparsity", "0.3", "--methods", "svd"], "--methods"),
         (["run", "--sparsity", "0.3", "--prune.method", "svdd"], "svdd"),
         (["run", "--sparsity", "0.9999", "--dry-run"], "can remove at most"),
         (["compare", "--draws", "0"], "--draws 0: one sample"),
@@ -98,8 +178,8 @@ def test_pruning_tells_how_it_is_called(arguments):
             "add it to teacher.temperatures",
         ),
         (["run", "--energy", "0.9", "--prune.method", "neurons"], "neurons has none: give --sparsity"),
-        (["run", "--energy", "0.9", "--sparsity", "0.5"], "in place of --sparsity"),
-        (["compare", "--methods", "svd", "--sparsity", "0"], "a share between 0 and 1"),
+        (["run", "--energy", "0.9", "--sparsity", "0.5"], "a pruning has one size"),
+        (["compare", "--methods", "svd", "--sparsity", "0"], "give a share between 0 and 1"),
     ],
 )
 def test_bad_input_of_a_pruning_is_explained_before_any_work(arguments, message):

@@ -8,6 +8,7 @@ import pytest
 from cascades import TINY, changed
 from lines import recorded
 
+from sparsekd_ray.cascade import single
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.compare import comparison, run
 from sparsekd_ray.compare.comparison import rows, title, variant
@@ -170,10 +171,9 @@ def test_a_comparison_out_of_reach_is_refused_before_any_work(
         run.compare(config, methods, (sparsity,), (0,), False, "command", False)
 
 
-def test_one_pruning_out_of_reach_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "make", lambda *_: pytest.fail("work was begun"))
+def test_one_pruning_out_of_reach_is_refused_before_any_work() -> None:
     with pytest.raises(ConfigError, match="can remove at most"):
-        run.run(changed("prune.align", 64), 0.9, False, print)
+        single.prune(changed("prune.align", 64), 0.9)
 
 
 def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path) -> None:
@@ -182,11 +182,10 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
         "calibrate": {"samples": 8},
         "prune": {"method": "neurons"},
     }
-    config, tables = parse(TINY | settings, "test"), []
-    run.run(config, 0.5, True, tables.append)
+    config = parse(TINY | settings, "test")
+    *layers, total = single.preview(config, 0.5, dry_run=False)["rows"]
     store = Store(str(tmp_path))
-    assert not list(tmp_path.glob("artifacts/prune/*/*")), "nothing is pruned by a dry run"
-    *layers, total = tables[0]
+    assert not list(tmp_path.glob("artifacts/prune/*/*")), "nothing is pruned by a preview"
     assert [row["becomes"] for row in layers] == ["24 neurons"] * 2 and total["becomes"] == "−50.00%"
     with recorded():
         found = run.compare(config, ("svd", "neurons"), (0.5,), (0,), False, "command", False)
@@ -196,8 +195,9 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
     kept = json.loads(store.read_text("runs/tiny/comparison.json") or "")
     assert kept["rows"] == found and kept["command"] == "command" and "stride 16" in kept["protocol"]
     assert (tmp_path / "runs/tiny/comparison.png").is_file()
-    again: list[str] = []
-    run.run(config, 0.5, False, again.append, tables.append)
-    assert len(tables) == 1 and not any("▶ pruned" in line for line in again), "the comparison made it"
-    assert "from_pretrained(" in again[-1] and "trust_remote_code" not in again[-1]
-    assert Ref.of(again[-2].split(str(tmp_path) + "/")[1].rpartition("/")[0]).kind == "export"
+    with recorded() as lines:
+        result = single.run(config, "prune", single.prune(config, 0.5), dry_run=False)
+    assert "pruned" in result["reused"] and result["made"] == ["export pruned"], "the comparison made it"
+    assert "from_pretrained(" in lines[-1] and "trust_remote_code" not in lines[-1]
+    assert Ref.of(result["artifact"].removeprefix(f"{tmp_path}/")).kind == "export"
+    assert set(result["perplexity"]) == {"dense", "pruned"}

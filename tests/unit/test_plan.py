@@ -7,12 +7,11 @@ import pytest
 from cascades import LAPTOP, changed
 from lines import recorded
 
-from sparsekd_ray.cascade import console, job
+from sparsekd_ray.cascade import console, job, single
 from sparsekd_ray.cascade.driver import next_batch
 from sparsekd_ray.cascade.estimate import parameters
 from sparsekd_ray.cascade.fingerprint import fingerprint
 from sparsekd_ray.cascade.plan import plan
-from sparsekd_ray.compare import run
 from sparsekd_ray.config import Config, Method, Shape, load, parse
 from sparsekd_ray.errors import ConfigError
 
@@ -275,7 +274,7 @@ def test_a_setting_that_no_method_reads_is_refused_before_any_work(prune, messag
     with pytest.raises(ConfigError, match=message):
         job.preflight(parse(tree, "test"))
     with pytest.raises(ConfigError, match=message):
-        run.plan_one(changed("prune", prune), 0.5)
+        single.prune(changed("prune", prune), 0.5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,15 @@
+"""Prunes the dense model once, teaches it back from its own cached probabilities, and exports the student.
+
+    python jobs/distill.py --sparsity 0.35 --prune.method neurons --distill.lr 3e-4
+    ray job submit --working-dir . -- python jobs/distill.py --sparsity 0.35 --execution.store s3://bucket/sparsekd
+
+Corpus, cache and pruned model are made first where they are missing, and shared with every cascade of the store.
+`sparsekd distill` is the same command.
+"""
+
+import sys
+
+from sparsekd_ray import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["distill", *sys.argv[1:]]))

@@ -1,0 +1,240 @@
+"""One stage by itself, on the cascade's own steps and driver: what it makes, a cascade finds done, and the reverse.
+
+Each of `corpus`, `capture`, `prune`, `distill`, `evaluate` and `export` plans a stage together with the steps before
+it, and checks what can be checked before work. `run` makes what is missing of such a plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sparsekd_ray import corpus as texts
+from sparsekd_ray.cascade import console, feasibility, job, steps
+from sparsekd_ray.cascade.steps import PlanBuilder, Step
+from sparsekd_ray.config import Config, Model
+from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.model import hub
+from sparsekd_ray.prune.methods import METHODS
+from sparsekd_ray.runtime.logging import headline, listening
+from sparsekd_ray.runtime.tasks import map_on_ray
+from sparsekd_ray.store import Ref, Store, locate
+
+if TYPE_CHECKING:
+    from sparsekd_ray.prune.task import Task
+
+Records = dict[str, dict[str, Any]]
+Plan = list[Step]
+
+
+def corpus(config: Config) -> Plan:
+    return _with_inputs(_dense(config), "corpus")
+
+
+def capture(config: Config) -> Plan:
+    builder = _dense(config)
+    return _with_inputs(builder, steps.cache(builder, "dense"))
+
+
+def prune(config: Config, sparsity: float) -> Plan:
+    """The dense model pruned once, judged beside the dense model, and exported."""
+    builder = _pruned(config, sparsity)
+    steps.export(builder, "pruned", sparsity, config.prune.method)
+    return _with_inputs(builder, "export pruned")
+
+
+def distill(config: Config, sparsity: float) -> Plan:
+    """The dense model pruned once and distilled once, with the first of the cascade's seeds; judged and exported."""
+    builder, seed = _pruned(config, sparsity), config.cascade.seeds[0]
+    cache = steps.cache(builder, "dense")
+    steps.distill(builder, "student", config.distill, seed, "pruned", cache)
+    steps.evaluate(builder, "student")
+    steps.export(builder, "student", sparsity, config.prune.method)
+    return _with_inputs(builder, "evaluate pruned", "export student")
+
+
+def evaluate(config: Config, model: str) -> Plan:
+    """A model of the store, or any directory or hub id, judged by the corpus's test text."""
+    builder = _dense(config)
+    if "/artifacts/" in model and not model.rstrip("/").endswith(("/low-rank", "/stock")):
+        _add_stored(builder, "model", model, ("dense", "prune", "distill"))
+    else:
+        source = Model(path=model)
+        identity = hub.identify(source)
+        builder.add("model", "dense", model.rstrip("/").split("/")[-1][:48], identity, {}, source)
+    steps.evaluate(builder, "model")
+    return _with_inputs(builder, "evaluate model")
+
+
+def export(config: Config, artifact: str) -> Plan:
+    """A pruned or distilled model of the store, judged beside the dense model it was cut from, and exported."""
+    builder = _dense(config)
+    store, record = _add_stored(builder, "model", artifact, ("prune", "distill"))
+    pruned = record if record["kind"] == "prune" else _parent(store, record, "student")
+    if pruned["kind"] != "prune":
+        raise ConfigError(f"{artifact} is as large as the dense model: only a pruned model is exported")
+    dense = builder.names["dense"].ref
+    if (source := pruned["inputs"]["dense"]) != dense.key:
+        raise ConfigError(
+            f"{artifact} was cut from {source}, and the dense model of these settings is {dense.key}: give the "
+            "settings it was made with (--config, and the same options)"
+        )
+    steps.evaluate(builder, "model")
+    steps.export(builder, "model", pruned["identity"]["sparsity"], pruned["identity"]["method"])
+    return _with_inputs(builder, "export model")
+
+
+def run(config: Config, stage: str, plan: Plan, dry_run: bool) -> dict[str, Any]:
+    """Makes what is missing of `plan`; the result names the artifact of its last step and its figures.
+
+    The plan and the settings are kept in `<store>/runs/<name>-<stage>/`, apart from those of a cascade.
+    """
+    started, last = time.monotonic(), plan[-1]
+    config = config.model_copy(update={"name": f"{config.name}-{stage}"})
+    store = job.open_store(config)
+    before = job.find(plan, store)
+    result: dict[str, Any] = {
+        "artifact": store.url(last.ref.key),
+        "dry_run": dry_run,
+        "reused": [step.name for step in plan if step.name in before],
+        "missing" if dry_run else "made": [step.name for step in plan if step.name not in before],
+    }
+    if dry_run:
+        headline(console.plan_text(config, plan, before))
+        return result
+    records = make(config, plan, store)
+    headline(f"\n{last.kind:<8} {store.url(last.ref.key)}")
+    if last.kind == "export":
+        headline(f"load it  {job.load_command(store, last, records[last.name])}")
+    judged = {
+        step.name.removeprefix("evaluate "): records[step.name] for step in plan if step.kind == "evaluate"
+    }
+    return result | {
+        "seconds": round(time.monotonic() - started, 1),
+        "metrics": records[last.name]["metrics"],
+        "perplexity": {name: record["metrics"]["sliding"]["ppl"] for name, record in judged.items()},
+    }
+
+
+def make(config: Config, plan: Plan, store: Store) -> Records:
+    """Makes what is missing of a plan, under the run's lease; the records of all of it."""
+    store.check()
+    records = job.find(plan, store)
+    headline(console.plan_text(config, plan, records))
+    with store.lease(f"runs/{config.name}/driver", f"run {config.name}") as lease:
+        job.write_run(config, plan, store)
+        if len(records) < len(plan):
+            from sparsekd_ray.cascade import driver  # imports Ray
+
+            driver.run(config, plan, store, lease.ensure)
+    return job.find(plan, store)
+
+
+def preview(config: Config, sparsity: float, dry_run: bool) -> dict[str, Any]:
+    """Makes what a pruning reads, and the rows of its table of matrices."""
+    plan = prune(config, sparsity)
+    step = next(step for step in plan if step.name == "pruned")
+    result = run(config, "preview", _needed(plan, step.inputs.values()), dry_run)
+    if dry_run:
+        return result
+    from sparsekd_ray.prune import preview as tables
+    from sparsekd_ray.runtime.cluster import connected
+
+    task = _task(step, plan, job.open_store(config), config.execution.gpus)
+    with connected(config.execution), listening() as log_queue:
+        rows = tables.table(task, map_on_ray(config.execution, log_queue))
+    return {"rows": [row._asdict() for row in (*rows, tables.total(rows))]}
+
+
+def sparsity_of_energy(config: Config, tau: float) -> float:
+    """The sparsity at which one energy threshold of `tau` prunes the dense model: the budget that it stands for.
+
+    ConfigError where that is none, since the spectra of language models are flat.
+    """
+    plan = prune(config, 0.5)  # any size: only what comes before the cut is made
+    step = next(step for step in plan if step.name == "pruned")
+    run(config, "preview", _needed(plan, step.inputs.values()), dry_run=False)
+    from sparsekd_ray.runtime.cluster import connected
+
+    task = _task(step, plan, job.open_store(config), config.execution.gpus)
+    measured = task.statistics.fingerprint if task.statistics else "plain"
+    spectra = Ref("prune", f"spectra-{task.settings.method}-{task.model.fingerprint}", measured)
+    energy = METHODS[task.settings.method].energy
+    assert energy is not None, "whoever asks for an energy has checked that the method has one"
+    with connected(config.execution), listening() as log_queue:
+        sparsity = energy(replace(task, out=spectra), tau, map_on_ray(config.execution, log_queue))
+    headline(f"energy {tau:g} stands for a sparsity of {sparsity:.4f}")
+    if sparsity <= 0:
+        raise ConfigError(
+            f"with {tau:.1%} of their energy the matrices of this model are no smaller: lower --energy"
+        )
+    return sparsity
+
+
+def _dense(config: Config) -> PlanBuilder:
+    """A plan up to the dense model, the corpus and the dense model's figures."""
+    job.check_vocabulary(config)
+    builder = PlanBuilder(config)
+    steps.dense(builder, texts.identify, {} if config.model.standin else hub.identify(config.model))
+    return builder
+
+
+def _pruned(config: Config, sparsity: float) -> PlanBuilder:
+    feasibility.check_settings(config.prune)
+    feasibility.check(f"--sparsity {sparsity:g}", hub.mlp_shapes(config.model), config.prune, [sparsity])
+    builder = _dense(config)
+    steps.prune(builder, "pruned", sparsity, "dense", config.prune)
+    steps.evaluate(builder, "pruned")
+    return builder
+
+
+def _with_inputs(builder: PlanBuilder, *names: str) -> Plan:
+    return _needed(builder.steps, [builder.names[name].name for name in names])
+
+
+def _needed(plan: Plan, names: Iterable[str]) -> Plan:
+    """The named steps and all that they need, in the plan's order."""
+    wanted = set(names)
+    for step in reversed(plan):
+        if step.name in wanted:
+            wanted |= set(step.inputs.values())
+    return [step for step in plan if step.name in wanted]
+
+
+def _add_stored(
+    builder: PlanBuilder, name: str, artifact: str, kinds: tuple[str, ...]
+) -> tuple[Store, dict[str, Any]]:
+    """Adds a finished model of the run's store to the plan; the store, and the model's record."""
+    store = job.open_store(builder.config)
+    given, ref = locate(artifact, builder.config.execution.scratch)
+    if ref.kind not in kinds:
+        raise ConfigError(f"{artifact} is of the kind {ref.kind}; allowed: {', '.join(kinds)}")
+    if given.root != store.root:
+        raise ConfigError(
+            f"{artifact} lies in another store than {store.root}: give --execution.store {given.root}"
+        )
+    record = store.record(ref)
+    if record is None:
+        raise ConfigError(f"{artifact} is no finished artifact: it has no record.json")
+    known = next((step for step in builder.steps if step.ref == ref), None)
+    builder.names[name] = known or Step(name, ref.kind, ref, record["identity"], {}, Model(path=artifact))
+    if known is None:
+        builder.steps.append(builder.names[name])
+    return store, record
+
+
+def _parent(store: Store, record: dict[str, Any], role: str) -> dict[str, Any]:
+    """The record of an artifact's input."""
+    parent = store.record(Ref.of(record["inputs"][role]))
+    if parent is None:
+        raise ConfigError(f"{record['inputs'][role]}, which it was made from, is gone from {store.root}")
+    return parent
+
+
+def _task(step: Step, plan: Plan, store: Store, gpu: bool) -> Task:
+    from sparsekd_ray.cascade import stages
+
+    refs: dict[str, Ref] = {s.name: s.ref for s in plan}
+    return stages.prune_task(step, {role: refs[name] for role, name in step.inputs.items()}, store, gpu)

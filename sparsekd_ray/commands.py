@@ -1,0 +1,286 @@
+"""The commands of `sparsekd` and of jobs/: what each takes, checks at once, and hands to the package.
+
+Everything heavy is imported inside the functions, once the arguments are known to be right.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional
+
+from sparsekd_ray.config import Config
+from sparsekd_ray.config import shipped as shipped_configs
+from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.prune.methods import METHODS
+from sparsekd_ray.runtime.logging import headline
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command that makes artifacts takes."""
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    config: str = "laptop"
+    """YAML file of settings that differ from the defaults, or the name of one that `sparsekd configs` lists."""
+    dry_run: FlagCreatePairsOff[bool] = False
+    """Print the plan and stop; nothing is made."""
+
+
+Shared = Annotated[Common, tyro.conf.arg(name="")]
+
+
+def cascade(common: Shared) -> Result:
+    """Run the whole cascade: prune and distill in rounds, judge every student, write the report.
+
+    The same command again resumes; a finished run does nothing.
+    """
+    from sparsekd_ray.cascade import job
+
+    return job.main(common.settings, _command_line(), common.dry_run)
+
+
+def corpus(common: Shared) -> Result:
+    """Make the token shards of the training text and of the held-out text, and the tokenizer they need."""
+    from sparsekd_ray.cascade import single
+
+    return single.run(common.settings, "corpus", single.corpus(common.settings), common.dry_run)
+
+
+def capture(common: Shared) -> Result:
+    """Make the teacher cache: what the dense model says of every training token."""
+    from sparsekd_ray.cascade import single
+
+    return single.run(common.settings, "capture", single.capture(common.settings), common.dry_run)
+
+
+def prune(common: Shared, sparsity: float | None = None, energy: float | None = None) -> Result:
+    """Prune the dense model once by --prune.method, judge the result and export it.
+
+    Args:
+        sparsity: Share of the MLP parameters to remove, between 0 and 1.
+        energy: In place of it, the share of its energy that every matrix keeps (svd and svd-whitened).
+    """
+    from sparsekd_ray.cascade import single
+
+    settings = _settings_of_a_cut(common.settings, sparsity, energy)
+    if energy is not None and common.dry_run:
+        raise ConfigError("--energy becomes a sparsity only by measuring: give --sparsity for a --dry-run")
+    share = sparsity if sparsity is not None else single.sparsity_of_energy(settings, energy or 0.0)
+    return single.run(settings, "prune", single.prune(settings, share), common.dry_run)
+
+
+def preview(common: Shared, sparsity: float | None = None, energy: float | None = None) -> Result:
+    """Measure what a pruning needs and print its table, matrix by matrix; no model is made.
+
+    Args:
+        sparsity: Share of the MLP parameters to remove, between 0 and 1.
+        energy: In place of it, the share of its energy that every matrix keeps (svd and svd-whitened).
+    """
+    from sparsekd_ray.cascade import single
+    from sparsekd_ray.cli import table
+
+    settings = _settings_of_a_cut(common.settings, sparsity, energy)
+    share = sparsity if sparsity is not None else single.sparsity_of_energy(settings, energy or 0.0)
+    result = single.preview(settings, share, common.dry_run)
+    table(result.get("rows", []))
+    return result
+
+
+def compare(
+    common: Shared,
+    methods: tuple[str, ...] = (),
+    sparsity: tuple[float, ...] = (),
+    draws: int = 1,
+    distill: FlagCreatePairsOff[bool] = False,
+) -> Result:
+    """Compare methods of pruning at equal sizes: a table and a drawing, with the speed of every student.
+
+    Args:
+        methods: Each is a method and what differs from its plainest form: svd, svd-whitened+optimal+gauge, …;
+            all methods unless given.
+        sparsity: Shares of the MLP parameters to remove; four unless given.
+        draws: Samples of the calibration text, each measured on its own.
+        distill: Judge each student again after the same distillation from the same cache.
+    """
+    for share in sparsity:
+        _check_share("--sparsity", share)
+    if draws < 1:
+        raise ConfigError(f"--draws {draws}: one sample of the calibration text at least")
+    from sparsekd_ray.cli import table
+    from sparsekd_ray.compare import comparison, run
+
+    rows = run.compare(
+        common.settings,
+        methods or comparison.ALL,
+        sparsity or comparison.SPARSITIES,
+        tuple(range(draws)),
+        distill,
+        _command_line(),
+        common.dry_run,
+    )
+    if rows:
+        table([{key: value for key, value in row.items() if key in comparison.SHOWN} for row in rows])
+    return {"dry_run": common.dry_run, "rows": rows}
+
+
+def distill(common: Shared, sparsity: float) -> Result:
+    """Prune the dense model once, teach it back from the cache, judge it before and after, and export it.
+
+    Args:
+        sparsity: Share of the MLP parameters to remove, between 0 and 1.
+    """
+    _check_share("--sparsity", sparsity)
+    from sparsekd_ray.cascade import single
+
+    return single.run(common.settings, "distill", single.distill(common.settings, sparsity), common.dry_run)
+
+
+def evaluate(common: Shared, model: Positional[str]) -> Result:
+    """Judge a model by the held-out text of the corpus.
+
+    Args:
+        model: A Hugging Face directory (dense, or a low-rank student), a hub id, or the path or URL of a model in the
+            store.
+    """
+    from sparsekd_ray.cascade import single
+
+    return single.run(common.settings, "evaluate", single.evaluate(common.settings, model), common.dry_run)
+
+
+def export(common: Shared, artifact: Positional[str]) -> Result:
+    """Export a pruned or distilled model of the store to directories that stock tools load.
+
+    Args:
+        artifact: Its path or URL: <store>/artifacts/prune/… or <store>/artifacts/distill/….
+    """
+    from sparsekd_ray.cascade import single
+
+    return single.run(common.settings, "export", single.export(common.settings, artifact), common.dry_run)
+
+
+def verify(cache: Positional[str], sequences: int = 16, seed: int = 0, scratch: str | None = None) -> Result:
+    """Check every file, row and id of a cache, and ask the teacher again about a seeded sample of sequences.
+
+    Args:
+        cache: Directory or URL of a finished cache.
+        sequences: How many sequences the teacher is asked about again.
+        seed: Chooses them.
+        scratch: Local directory for downloads from an S3 store.
+    """
+    from sparsekd_ray.store import locate
+    from sparsekd_ray.teacher import verify as verification
+
+    store, ref = locate(cache, scratch)
+    return verification.verify(store, ref, sequences, seed)
+
+
+def show(
+    cache: Positional[str],
+    sample: Positional[str],
+    temperature: float | None = None,
+    top: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 5,
+    scratch: str | None = None,
+) -> Result:
+    """Print a sequence, and for each position the teacher's likeliest tokens and the mass of all others.
+
+    Args:
+        cache: Directory or URL of a finished cache.
+        sample: Its id, such as manual-train-000007.
+        temperature: One of those stored; by default 1, or the one that a sample was drawn at.
+        top: Alternatives per position.
+        scratch: Local directory for downloads from an S3 store.
+    """
+    from rich.console import Console
+
+    from sparsekd_ray.store import locate
+    from sparsekd_ray.teacher import inspect
+
+    store, ref = locate(cache, scratch)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(inspect.sequence(store, ref, sample, temperature, top))
+    return {"cache": store.url(ref.key), "sample": sample}
+
+
+def stats(cache: Positional[str], plot: Path | None = None, scratch: str | None = None) -> Result:
+    """Print bytes per token by column, and mass and entropy by domain and temperature; draw them.
+
+    Args:
+        cache: Directory or URL of a finished cache.
+        plot: Where the drawing goes; by default <name of the cache>.png in the working directory.
+        scratch: Local directory for downloads from an S3 store.
+    """
+    from sparsekd_ray.store import locate
+    from sparsekd_ray.teacher import inspect
+
+    store, ref = locate(cache, scratch)
+    figures = inspect.statistics(store, ref)
+    print(f"{figures['bytes_per_token']:.1f} bytes per token")
+    for name, size in sorted(figures["columns"].items(), key=lambda pair: -pair[1]):
+        print(f"  {name:<14} {size:7.2f}")
+    for temperature, domains in figures["temperatures"].items():
+        print(f"T = {temperature:<10} kept mass   likeliest   entropy")
+        for domain, row in domains.items():
+            print(f"  {domain:<12} {row['kept_mass']:9.3f} {row['top1_mass']:11.3f} {row['entropy']:9.3f}")
+    name = f"{ref.name}-{ref.fingerprint}"
+    path = plot or Path(f"{name}.png")
+    inspect.plot(figures, path, f"{name}: {figures['bytes_per_token']:.1f} bytes per token")
+    headline(f"drawn in {path}")
+    return figures
+
+
+def configs() -> Result:
+    """List the configurations that come with the package; --config takes their names."""
+    paths = shipped_configs()
+    for name, path in paths.items():
+        headline(f"{name:<14} {path.read_text().splitlines()[0].lstrip('# ')}\n{'':<14} {path}")
+    return {name: str(path) for name, path in paths.items()}
+
+
+Command = Any  # a function from options to a result
+COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
+    "cascade": cascade,
+    "corpus": corpus,
+    "capture": capture,
+    "prune": {"run": prune, "preview": preview, "compare": compare},
+    "distill": distill,
+    "evaluate": evaluate,
+    "export": export,
+    "cache": {"verify": verify, "show": show, "stats": stats},
+    "configs": configs,
+}
+
+
+def _settings_of_a_cut(settings: Config, sparsity: float | None, energy: float | None) -> Config:
+    """The settings of one pruning, once its size is known to be given once and possible."""
+    if (sparsity is None) == (energy is None):
+        raise ConfigError("a pruning has one size: give either --sparsity S or --energy T")
+    if sparsity is not None:
+        _check_share("--sparsity", sparsity)
+        return settings
+    _check_share("--energy", energy or 0.0)
+    if METHODS[settings.prune.method].energy is None:
+        raise ConfigError(
+            f"--energy is a share of singular values, and {settings.prune.method} has none: give --sparsity S"
+        )
+    by_energy = settings.prune.model_copy(update={"allocation": "energy"})
+    return settings.model_copy(update={"prune": by_energy})
+
+
+def _check_share(option: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ConfigError(f"{option} {value:g}: give a share between 0 and 1 (0.35 for 35 %)")
+
+
+def _command_line() -> str:
+    """This process's command, as a user would type it again."""
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else None
+    return shlex.join(["python", *sys.argv] if script else ["sparsekd", *sys.argv[1:]])

@@ -1,0 +1,83 @@
+"""A stage by itself plans the artifacts of a cascade with the same settings, and checks a given model before work."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cascades import TINY
+
+from sparsekd_ray.cascade import job, single
+from sparsekd_ray.config import Config, parse
+from sparsekd_ray.errors import ConfigError, ModelError
+from sparsekd_ray.store import Ref, Store
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return parse(TINY | {"execution": {"store": str(tmp_path / "store")}}, "test")
+
+
+def keys(steps: list) -> set[str]:
+    return {step.ref.key for step in steps}
+
+
+def finish(store: Store, steps: list, *names: str) -> None:
+    """Commits empty artifacts of these steps."""
+    refs = {step.name: step.ref for step in steps}
+    for step in steps:
+        if step.name in names:
+            with store.building(step.ref) as out:
+                (out / "config.json").write_text(json.dumps({}))
+            parents = {role: refs[name].key for role, name in step.inputs.items()}
+            store.commit(step.ref, identity=step.identity, inputs=parents, metrics={}, seconds=0)
+
+
+def test_what_a_stage_makes_is_what_a_cascade_makes(config: Config) -> None:
+    cascade = keys(job.preflight(config))
+    assert keys(single.corpus(config)) | keys(single.capture(config)) <= cascade
+    assert keys(single.distill(config, 0.3)) - cascade == set(), "round 1 is one pruning and one distillation"
+    new = keys(single.prune(config, 0.3)) - cascade
+    assert [Ref.of(key).kind for key in new] == ["export"], "a cascade exports only what it has distilled"
+
+
+def test_a_stage_plans_no_more_than_it_needs(config: Config) -> None:
+    assert [step.name for step in single.corpus(config)] == ["tokenizer", "corpus"]
+    assert [step.name for step in single.capture(config)][-2:] == ["dense", "cache dense"]
+
+
+def test_a_dry_run_makes_nothing(config: Config) -> None:
+    result = single.run(config, "corpus", single.corpus(config), dry_run=True)
+    assert result["missing"] == ["tokenizer", "corpus"] and result["reused"] == []
+    assert not Path(config.execution.store).exists()
+
+
+def test_a_model_of_the_store_is_judged_as_in_the_cascade(config: Config) -> None:
+    cascade, store = job.preflight(config), job.open_store(config)
+    student = next(step for step in cascade if step.name == "round 1")
+    finish(store, cascade, *(step.name for step in cascade if step.kind in ("dense", "prune", "distill")))
+    path = store.url(student.ref.key)
+    judged, exported = single.evaluate(config, path), single.export(config, path)
+    assert keys(judged) | keys(exported) <= keys(cascade)
+    assert [step.kind for step in judged] == ["tokenizer", "corpus", "distill", "evaluate"]
+    assert exported[-1].kind == "export" and exported[-1].identity == {"sparsity": 0.3, "method": "svd"}
+
+
+def test_an_export_needs_the_settings_of_its_model(config: Config) -> None:
+    cascade, store = job.preflight(config), job.open_store(config)
+    finish(store, cascade, *(step.name for step in cascade))
+    path = store.url(next(step for step in cascade if step.name == "round 1").ref.key)
+    other = config.model_copy(update={"seed": 7})
+    with pytest.raises(ConfigError, match="give the settings it was made with"):
+        single.export(other, path)
+    control = store.url(next(step for step in cascade if step.name == "ce-only").ref.key)
+    with pytest.raises(ConfigError, match="only a pruned model is exported"):
+        single.export(config, control)
+
+
+def test_what_is_no_finished_model_is_refused(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no finished artifact"):
+        single.evaluate(config, f"{config.execution.store}/artifacts/distill/a-0123456789ab")
+    with pytest.raises(ConfigError, match="lies in another store"):
+        single.evaluate(config, f"{tmp_path}/other/artifacts/distill/a-0123456789ab")
+    with pytest.raises(ModelError, match="is no directory"):
+        single.evaluate(config, f"{tmp_path}/nothing")
