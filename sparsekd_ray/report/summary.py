@@ -8,10 +8,9 @@ from typing import Any
 from sparsekd_ray.cascade import console
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
+from sparsekd_ray.model.families import FAMILIES
 from sparsekd_ray.report.document import CONTROLS, Corpus, Curve, Dense, Point, Protocol, StepRow, Summary
 from sparsekd_ray.report.rows import Records, RunIndex, rows, students
-
-FAMILIES = {"phi3": "Phi-3", "qwen3": "Qwen3"}
 
 
 def summarise(config: Config, steps: list[Step], records: Records, run: Mapping[str, Any]) -> Summary:
@@ -90,7 +89,7 @@ def _warning(config: Config) -> str:
 def _dense(index: RunIndex) -> Dense:
     metrics, standin = index.metrics("dense"), index.config.model.standin
     note = (
-        f"The dense model is a stand-in of the {FAMILIES[standin.family]} architecture with "
+        f"The dense model is a stand-in of the {FAMILIES[standin.family].name} architecture with "
         f"{metrics['params'] / 1e6:.2f} M parameters. This cascade trained it on {metrics['tokens']:,} tokens, so it "
         "is small and partly trained. Its figures show that the system works, not what a large model would do."
         if standin

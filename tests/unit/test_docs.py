@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from sparsekd_ray.config import Prune
+from sparsekd_ray.model.families import FAMILIES
 from sparsekd_ray.model.mlp import layer_count, mlp_weights
-from sparsekd_ray.prune.methods import MethodSpec
+from sparsekd_ray.prune.methods import METHODS, MethodSpec
 from sparsekd_ray.runtime.tasks import map_local
 from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.manifest import CacheManifest
@@ -52,6 +53,14 @@ def test_commands_name_files_of_the_repository(document: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_readme_names_every_family_and_every_method() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for model_type, family in FAMILIES.items():
+        assert f"`{model_type}`" in readme and family.name in readme
+    for method in METHODS:
+        assert f"`{method}`" in readme and f"`{method}`" in (ROOT / "docs" / "pruning.md").read_text()
 
 
 def test_the_documented_program_reads_a_plain_cache(tmp_path: Path) -> None:
