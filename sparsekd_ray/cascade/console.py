@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from sparsekd_ray.cascade import estimate
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
-from sparsekd_ray.store import Store
+from sparsekd_ray.store import Record, Store
 
-Records = Mapping[str, dict[str, Any]]
+Records = Mapping[str, Record]
 
 
 def begins(step: Step) -> str:
@@ -20,12 +19,12 @@ def begins(step: Step) -> str:
 def ends(step: Step, store: Store) -> str:
     record = store.record(step.ref)
     assert record is not None, f"{step.name} has just been made"
-    return f"  ✓ {step.name:<24} {figure(step.kind, record):<42} {record['seconds']:6.1f} s"
+    return f"  ✓ {step.name:<24} {figure(step.kind, record):<42} {record.seconds:6.1f} s"
 
 
-def figure(kind: str, record: dict[str, Any]) -> str:
+def figure(kind: str, record: Record) -> str:
     """The one figure of a finished step."""
-    metrics = record["metrics"]
+    metrics = record.metrics
     match kind:
         case "tokenizer":
             return f"{metrics['vocab_size']:,} tokens in the vocabulary"
@@ -34,7 +33,7 @@ def figure(kind: str, record: dict[str, Any]) -> str:
         case "dense":
             return f"{metrics['params']:,} parameters, {metrics['mlp_params'] / metrics['params']:.0%} MLP"
         case "cache":
-            stored = sum(file["size"] for file in record["files"].values())
+            stored = sum(file.size for file in record.files.values())
             return f"{metrics['tokens']:,} tokens, {stored / metrics['tokens']:.0f} B/token"
         case "statistics":
             return f"{metrics['layers']} layers, {metrics['tokens']:,} tokens"

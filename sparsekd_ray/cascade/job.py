@@ -28,7 +28,7 @@ from sparsekd_ray.config import Config
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import hub
 from sparsekd_ray.runtime.logging import headline
-from sparsekd_ray.store import Store
+from sparsekd_ray.store import Record, Store
 
 
 def main(config: Config, command: str, dry_run: bool) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def main(config: Config, command: str, dry_run: bool) -> dict[str, Any]:
         "made": len(steps) - len(reused),
         "seconds": round(time.monotonic() - started, 1),
         "perplexity": {
-            step.name.removeprefix("evaluate "): records[step.name]["metrics"]["sliding"]["ppl"]
+            step.name.removeprefix("evaluate "): records[step.name].metrics["paper"]["ppl"]
             for step in steps
             if step.kind == "evaluate"
         },
@@ -87,7 +87,7 @@ def check_vocabulary(config: Config) -> None:
         )
 
 
-def find(steps: list[Step], store: Store) -> dict[str, dict[str, Any]]:
+def find(steps: list[Step], store: Store) -> dict[str, Record]:
     """Records of the steps that are done."""
     return {step.name: record for step in steps if (record := store.record(step.ref)) is not None}
 
@@ -104,7 +104,7 @@ def write_run(config: Config, steps: list[Step], store: Store) -> None:
 def report(
     config: Config,
     steps: list[Step],
-    records: dict[str, dict[str, Any]],
+    records: dict[str, Record],
     store: Store,
     facts: dict[str, Any],
 ) -> dict[str, str]:
@@ -129,13 +129,13 @@ def report(
     return paths
 
 
-def _best_export(steps: list[Step], records: dict[str, dict[str, Any]]) -> Step:
+def _best_export(steps: list[Step], records: dict[str, Record]) -> Step:
     """Of the students of the largest sparsity, the one of the lowest perplexity."""
     exports = [step for step in steps if step.kind == "export"]
     smallest = max(step.identity["sparsity"] for step in exports)
     return min(
         (step for step in exports if step.identity["sparsity"] == smallest),
-        key=lambda step: records[step.inputs["figures"]]["metrics"]["paper"]["ppl"],
+        key=lambda step: records[step.inputs["figures"]].metrics["paper"]["ppl"],
     )
 
 
@@ -145,7 +145,7 @@ def _reported(summary: str | None) -> list[str] | None:
 
 
 def _render(
-    config: Config, steps: list[Step], records: dict[str, dict[str, Any]], store: Store, facts: dict[str, Any]
+    config: Config, steps: list[Step], records: dict[str, Record], store: Store, facts: dict[str, Any]
 ) -> None:
     from sparsekd_ray.report.render import render
     from sparsekd_ray.report.summary import summarise
@@ -165,18 +165,18 @@ def _render(
             store.write_text(f"runs/{config.name}/{path.name}", path.read_text())
 
 
-def metrics_jsonl(steps: list[Step], records: dict[str, dict[str, Any]]) -> str:
+def metrics_jsonl(steps: list[Step], records: dict[str, Record]) -> str:
     """One line per finished step: what it is, what it measured."""
     rows = [
         {"step": step.name, "kind": step.kind, "artifact": step.ref.key}
-        | {key: records[step.name][key] for key in ("created", "seconds", "metrics")}
+        | {key: getattr(records[step.name], key) for key in ("created", "seconds", "metrics")}
         for step in steps
     ]
     return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
 
 
 def _commands(
-    steps: list[Step], records: dict[str, dict[str, Any]], store: Store, command: str
+    steps: list[Step], records: dict[str, Record], store: Store, command: str
 ) -> list[dict[str, str]]:
     exports = [step for step in steps if step.kind == "export"]
     found = [{"what": "this run, and resuming it", "command": command}]
@@ -186,12 +186,12 @@ def _commands(
     ]
 
 
-def exported(record: dict[str, Any]) -> str:
+def exported(record: Record) -> str:
     """The smaller of an export's directories: the factors, or the stock model where that is what was pruned."""
-    return "low-rank" if "low-rank" in record["metrics"] else "stock"
+    return "low-rank" if "low-rank" in record.metrics else "stock"
 
 
-def load_command(store: Store, step: Step, record: dict[str, Any]) -> str:
+def load_command(store: Store, step: Step, record: Record) -> str:
     """Loads an export's smaller directory, from wherever it is, as a user would."""
     form = exported(record)
     folder = f"{store.root}/{step.ref.key}/{form}"

@@ -20,12 +20,12 @@ from sparsekd_ray.model import hub
 from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.runtime.logging import headline, listening
 from sparsekd_ray.runtime.tasks import map_on_ray
-from sparsekd_ray.store import Ref, Store, locate
+from sparsekd_ray.store import Record, Ref, Store, locate
 
 if TYPE_CHECKING:
     from sparsekd_ray.prune.task import Task
 
-Records = dict[str, dict[str, Any]]
+Records = dict[str, Record]
 Plan = list[Step]
 
 
@@ -72,17 +72,17 @@ def export(config: Config, artifact: str) -> Plan:
     """A pruned or distilled model of the store, judged beside the dense model it was cut from, and exported."""
     builder = _dense(config)
     store, record = _add_stored(builder, "model", artifact, ("prune", "distill"))
-    pruned = record if record["kind"] == "prune" else _parent(store, record, "student")
-    if pruned["kind"] != "prune":
+    pruned = record if record.ref.kind == "prune" else _parent(store, record, "student")
+    if pruned.ref.kind != "prune":
         raise ConfigError(f"{artifact} is as large as the dense model: only a pruned model is exported")
     dense = builder.names["dense"].ref
-    if (source := pruned["inputs"]["dense"]) != dense.key:
+    if (source := pruned.inputs["dense"]) != dense.key:
         raise ConfigError(
             f"{artifact} was cut from {source}, and the dense model of these settings is {dense.key}: give the "
             "settings it was made with (--config, and the same options)"
         )
     steps.evaluate(builder, "model")
-    steps.export(builder, "model", pruned["identity"]["sparsity"], pruned["identity"]["method"])
+    steps.export(builder, "model", pruned.identity["sparsity"], pruned.identity["method"])
     return _with_inputs(builder, "export model")
 
 
@@ -113,8 +113,8 @@ def run(config: Config, stage: str, plan: Plan, dry_run: bool) -> dict[str, Any]
     }
     return result | {
         "seconds": round(time.monotonic() - started, 1),
-        "metrics": records[last.name]["metrics"],
-        "perplexity": {name: record["metrics"]["sliding"]["ppl"] for name, record in judged.items()},
+        "metrics": records[last.name].metrics,
+        "perplexity": {name: record.metrics["paper"]["ppl"] for name, record in judged.items()},
     }
 
 
@@ -205,7 +205,7 @@ def _needed(plan: Plan, names: Iterable[str]) -> Plan:
 
 def _add_stored(
     builder: PlanBuilder, name: str, artifact: str, kinds: tuple[str, ...]
-) -> tuple[Store, dict[str, Any]]:
+) -> tuple[Store, Record]:
     """Adds a finished model of the run's store to the plan; the store, and the model's record."""
     store = job.open_store(builder.config)
     given, ref = locate(artifact, builder.config.execution.scratch)
@@ -219,17 +219,17 @@ def _add_stored(
     if record is None:
         raise ConfigError(f"{artifact} is no finished artifact: it has no record.json")
     known = next((step for step in builder.steps if step.ref == ref), None)
-    builder.names[name] = known or Step(name, ref.kind, ref, record["identity"], {}, Model(path=artifact))
+    builder.names[name] = known or Step(name, ref.kind, ref, record.identity, {}, Model(path=artifact))
     if known is None:
         builder.steps.append(builder.names[name])
     return store, record
 
 
-def _parent(store: Store, record: dict[str, Any], role: str) -> dict[str, Any]:
+def _parent(store: Store, record: Record, role: str) -> Record:
     """The record of an artifact's input."""
-    parent = store.record(Ref.of(record["inputs"][role]))
+    parent = store.record(Ref.from_key(record.inputs[role]))
     if parent is None:
-        raise ConfigError(f"{record['inputs'][role]}, which it was made from, is gone from {store.root}")
+        raise ConfigError(f"{record.inputs[role]}, which it was made from, is gone from {store.root}")
     return parent
 
 

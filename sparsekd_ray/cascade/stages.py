@@ -155,7 +155,7 @@ def _metrics(store: Store, ref: Ref) -> dict[str, Any]:
     """The measured figures in an artifact's record."""
     record = store.record(ref)
     assert record is not None, f"{ref.key} was fetched"
-    return record["metrics"]
+    return record.metrics
 
 
 def _card_facts(settings: ExportSettings, parents: dict[str, Ref], inputs: dict[str, Path]) -> dict[str, Any]:

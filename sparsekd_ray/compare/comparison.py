@@ -16,6 +16,7 @@ from sparsekd_ray.cascade.steps import Identify, PlanBuilder, Step
 from sparsekd_ray.config import Config, Prune
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.prune.methods import METHODS
+from sparsekd_ray.store import Record
 
 ALL = tuple(f"{method.name}{variant}" for method in METHODS.values() for variant in method.variants)
 SPARSITIES = (0.15, 0.35, 0.5, 0.65)
@@ -105,7 +106,7 @@ def title(text: str, sparsity: float, draw: int) -> str:
 
 
 def rows(
-    made: Mapping[str, tuple[Step, dict[str, Any]]],
+    made: Mapping[str, tuple[Step, Record]],
     methods: Sequence[str],
     sparsities: Sequence[float],
     draws: Sequence[int],
@@ -113,9 +114,9 @@ def rows(
     """One row per method and sparsity; `made`: by every name in the plan, its step and record."""
 
     def figures(model: str) -> dict[str, Any]:
-        return made[f"evaluate {model}"][1]["metrics"]["paper"]
+        return made[f"evaluate {model}"][1].metrics["paper"]
 
-    table = [_row("dense", "–", 0.0, [figures("dense")]) | _sizes(made["dense"][1]["metrics"])]
+    table = [_row("dense", "–", 0.0, [figures("dense")]) | _sizes(made["dense"][1].metrics)]
     for sparsity in sparsities:
         for text in methods:
             names = [title(text, sparsity, draw) for draw in draws]
@@ -123,11 +124,11 @@ def rows(
             row = _row(
                 text, first.identity.get("allocation", "uniform"), sparsity, [figures(n) for n in names]
             )
-            row |= _sizes(record["metrics"]) | {
-                "removed": record["metrics"]["sparsity"],
+            row |= _sizes(record.metrics) | {
+                "removed": record.metrics["sparsity"],
                 "artifact": first.ref.key,
-                "predicted_loss": record["metrics"].get("predicted_loss"),
-                "seconds": record["seconds"],
+                "predicted_loss": record.metrics.get("predicted_loss"),
+                "seconds": record.seconds,
             }
             if (after := f"{names[0]} distilled") in made:
                 row |= {"ppl_after": figures(after)["ppl"], "ppl_after_by_corpus": _domains([figures(after)])}
@@ -135,9 +136,9 @@ def rows(
     return table
 
 
-def protocol(config: Config, records: Mapping[str, dict[str, Any]], draws: Sequence[int]) -> str:
+def protocol(config: Config, records: Mapping[str, Record], draws: Sequence[int]) -> str:
     """How the figures were measured, in words."""
-    found = records["evaluate dense"]["metrics"]
+    found = records["evaluate dense"].metrics
     return (
         f"Protocol `paper`: {found['paper']['sentence']}; computed in {found['dtype']}. "
         f"Statistics of {config.calibrate.samples} training sequences, {len(draws)} "

@@ -9,8 +9,9 @@ from typing import Any
 from sparsekd_ray.cascade.steps import Step, seeded
 from sparsekd_ray.config import Baseline, Config, Distill, Round
 from sparsekd_ray.report.document import CONTROLS, Kind, Row
+from sparsekd_ray.store import Record
 
-Records = Mapping[str, dict[str, Any]]
+Records = Mapping[str, Record]
 
 
 class RunIndex:
@@ -21,10 +22,10 @@ class RunIndex:
         self.records = records
         self.steps = {step.name: step for step in steps}
         self.by_input = {(step.kind, step.inputs.get("model")): step for step in steps}
-        self.dense_ppl: float = records["evaluate dense"]["metrics"]["paper"]["ppl"]
+        self.dense_ppl: float = records["evaluate dense"].metrics["paper"]["ppl"]
 
     def metrics(self, name: str) -> dict[str, Any]:
-        return self.records[name]["metrics"]
+        return self.records[name].metrics
 
     def trained(self, name: str, seed: int) -> str:
         """The step that trains `name`. A baseline that equals the first round is trained by that round's step."""

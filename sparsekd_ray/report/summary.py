@@ -134,7 +134,7 @@ def _step(step: Step, index: RunIndex, reused: Set[str]) -> StepRow:
         "kind": step.kind,
         "artifact": step.ref.key,
         "inputs": list(step.inputs.values()),
-        "seconds": record["seconds"],
+        "seconds": record.seconds,
         "reused": step.name in reused,
         "figure": console.figure(step.kind, record),
     }

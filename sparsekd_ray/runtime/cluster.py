@@ -130,7 +130,7 @@ def _temporary_directory() -> tuple[str, str]:
 
 def _refuse_missing_gpus(execution: Execution, processes: int) -> None:
     """ClusterError if this machine, which no autoscaler adds to, has too few GPUs."""
-    if not execution.gpus or (gpus := int(ray.cluster_resources().get("GPU", 0))) >= processes:
+    if not execution.gpus or (gpus := _count("GPU")) >= processes:
         return
     if gpus == 0:
         advice = "Leave out --execution.gpus, or submit the job to a cluster that has GPUs (RAY_ADDRESS)."
@@ -144,8 +144,7 @@ def _refuse_missing_gpus(execution: Execution, processes: int) -> None:
 
 def shortage(execution: Execution, processes: int) -> str | None:
     """What the cluster lacks at present, in words; None if it lacks nothing."""
-    resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    cpus, gpus = _count("CPU"), _count("GPU")
     needed_cpus = max(processes, execution.threads)
     needed_gpus = processes if execution.gpus else 0
     if cpus >= needed_cpus and gpus >= needed_gpus:
@@ -155,6 +154,10 @@ def shortage(execution: Execution, processes: int) -> str | None:
         "time and waits for them. If no autoscaler is there to add them, stop the run and lower execution.workers, "
         "actors or threads, or leave out execution.gpus"
     )
+
+
+def _count(resource: str) -> int:
+    return int(ray.cluster_resources().get(resource, 0))  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -20,60 +20,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import re
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from sparsekd_ray.errors import ConfigError, IntegrityError, StoreError
+from sparsekd_ray.errors import IntegrityError, StoreError
 from sparsekd_ray.store.files import Files, disk_full
 from sparsekd_ray.store.lease import Lease, held
-
-Fact = dict[str, Any]  # what is promised of one file: {"size": bytes, "sha256": hex}
+from sparsekd_ray.store.record import Record, Ref, StoredFile, installed_versions, parse_object
 
 RECORD = "record.json"
 PROMISES = ".published"
 CHECKPOINTS = "checkpoints"  # working state of a build, deleted once the record stands
-PACKAGES = ("sparsekd-ray", "torch", "transformers", "ray", "deepspeed")
 
 _hashes: dict[tuple[int, int, int, int], str] = {}
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Names one artifact: its kind, what a reader calls it, and the fingerprint of all that determines it."""
-
-    kind: str
-    name: str
-    fingerprint: str
-
-    def __post_init__(self) -> None:
-        for part in (self.kind, self.name, self.fingerprint):
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", part):
-                raise ConfigError(
-                    f"{part!r} cannot be part of an artifact's path. Allowed are letters, digits and _ . + - "
-                    f"(the last three not first). Choose another name."
-                )
-
-    @property
-    def key(self) -> str:
-        return f"artifacts/{self.kind}/{self.name}-{self.fingerprint}"
-
-    @classmethod
-    def of(cls, key: str) -> Ref:
-        """The Ref with this key. ConfigError if it is no artifact's."""
-        parts = re.fullmatch(r"artifacts/([^/]+)/([^/]+)-([^/-]+)/?", key)
-        if parts is None:
-            raise ConfigError(f"{key!r} is no artifact: expected artifacts/<kind>/<name>-<fingerprint>")
-        return cls(*parts.groups())
 
 
 class Store(Files):
@@ -83,26 +49,16 @@ class Store(Files):
     it names the file, what was expected and found, and what to remove to have it built again.
     """
 
-    def record(self, ref: Ref) -> dict[str, Any] | None:
+    def record(self, ref: Ref) -> Record | None:
         """The artifact's record; None if the artifact does not exist."""
         key = f"{ref.key}/{RECORD}"
         text = self.read_bytes(key)
         if text is None:
             return None
-        record = _parsed(text)
-        sealed = record.pop("seal", None) == _seal(record)
-        if (
-            not sealed
-            or not asdict(ref).items() <= record.items()
-            or not isinstance(record.get("files"), dict)
-        ):
-            raise self._corrupt(key, "it is not the record of this artifact", remove=ref.key)
-        for relative, fact in record["files"].items():
-            # Others may write to a shared bucket: a record must not lead a download out of its directory.
-            path = PurePosixPath(relative)
-            if path.is_absolute() or ".." in path.parts or set(fact) != {"size", "sha256"}:
-                raise self._corrupt(key, f"it lists {relative!r}, as no record of ours does", remove=ref.key)
-        return record
+        try:
+            return Record.from_json(text, ref)
+        except ValueError as error:
+            raise self._corrupt(key, str(error), remove=ref.key) from None
 
     def fetch(self, ref: Ref, files: Sequence[str] | None = None) -> Path:
         """The artifact's directory on this machine, with all files (or those named) present and verified."""
@@ -112,7 +68,7 @@ class Store(Files):
                 f"{self.url(ref.key)} is not finished: no {RECORD}. Run the step that builds it."
             )
         with self._one_at_a_time(ref):
-            return self._fetched(ref, record["files"], files)
+            return self._fetched(ref, record.files, files)
 
     @contextmanager
     def _one_at_a_time(self, ref: Ref) -> Iterator[None]:
@@ -128,7 +84,7 @@ class Store(Files):
         finally:
             lock.release()
 
-    def _fetched(self, ref: Ref, listed: dict[str, Fact], files: Sequence[str] | None) -> Path:
+    def _fetched(self, ref: Ref, listed: dict[str, StoredFile], files: Sequence[str] | None) -> Path:
         if unknown := sorted(set(files or ()) - set(listed)):
             some = ", ".join(sorted(listed)[:9])
             raise StoreError(f"{self.url(ref.key)} holds no {unknown[0]}. It holds {some} …")
@@ -158,16 +114,16 @@ class Store(Files):
                 raise
             raise self.failure(f"building {ref.key}", error) from error
 
-    def publish(self, ref: Ref, relative: str) -> Fact:
-        """Keep a finished file of ``workdir`` for later attempts and other machines; returns size and sha256.
+    def publish(self, ref: Ref, relative: str) -> StoredFile:
+        """Keep a finished file of ``workdir`` for later attempts and other machines; returns its description.
 
         A published file must not change: ``discard`` it before writing it anew.
         """
-        promise, fact = _promise(ref, relative), describe(self.workdir(ref) / relative)
+        promise, file = _promise(ref, relative), describe(self.workdir(ref) / relative)
         self.delete(promise)  # killed before the new promise, the file counts as never finished
         self.upload(f"{ref.key}/{relative}")
-        self.write_text(promise, json.dumps(fact))
-        return fact
+        self.write_text(promise, json.dumps(asdict(file)))
+        return file
 
     @contextmanager
     def publishing(self, ref: Ref, relative: str) -> Iterator[Path]:
@@ -183,8 +139,8 @@ class Store(Files):
     def pull(self, ref: Ref, relative: str) -> Path | None:
         """A published file of an unfinished artifact, verified, in ``workdir``; None if never finished."""
         promise = _promise(ref, relative)
-        fact = self._promised(promise)
-        return self._obtain(f"{ref.key}/{relative}", fact, remove=promise) if fact else None
+        file = self._promised(promise)
+        return self._obtain(f"{ref.key}/{relative}", file, remove=promise) if file else None
 
     def published(self, ref: Ref, folder: str = "") -> list[str]:
         """The published files of an unfinished artifact, at or below ``folder``, relative to the artifact."""
@@ -205,7 +161,7 @@ class Store(Files):
         inputs: dict[str, str],
         metrics: dict[str, Any],
         seconds: float,
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Make the artifact exist: store what is not stored yet, then write the record; returns the record.
 
         It lists the published files, wherever they were made, and all others of ``workdir`` except dot
@@ -218,19 +174,18 @@ class Store(Files):
             files[relative] = describe(work / relative)
             self.upload(f"{ref.key}/{relative}")
         assert files, f"{ref} was committed without a file"
-        record = asdict(ref) | {
-            "identity": identity,
-            "inputs": inputs,
-            "metrics": metrics,
-            "seconds": seconds,
-        }
-        record |= {
-            "files": files,
-            "versions": _versions(),
-            "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        }
-        record = json.loads(json.dumps(record))  # as it will be read
-        text = json.dumps(record | {"seal": _seal(record)}, indent=2, sort_keys=True)
+        record = Record(
+            ref=ref,
+            identity=identity,
+            inputs=inputs,
+            metrics=metrics,
+            files=files,
+            versions=installed_versions(),
+            created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            seconds=seconds,
+        )
+        text = record.to_json()
+        record = Record.from_json(text, ref)  # as it will be read
         self.write_text(f"{ref.key}/{RECORD}", text)
         # A kill from here on leaves behind what no record lists: disk space, never a wrong answer.
         self.delete(f"{ref.key}/{PROMISES}")
@@ -241,38 +196,38 @@ class Store(Files):
         """Hold ``key`` alone, or StoreError if somebody alive does. ``ttl`` seconds of silence end it."""
         return held(self, f"{key}.lease", holder, ttl)
 
-    def _promises(self, ref: Ref) -> dict[str, Fact]:
+    def _promises(self, ref: Ref) -> dict[str, StoredFile]:
         """The published files that a record will list. Those on S3, perhaps made on other machines, were
         promised after their upload and are not downloaded for this."""
-        facts: dict[str, Fact] = {}
+        files: dict[str, StoredFile] = {}
         for relative in self.published(ref):
             promise = _promise(ref, relative)
-            if not relative.startswith(f"{CHECKPOINTS}/") and (fact := self._promised(promise)):
+            if not relative.startswith(f"{CHECKPOINTS}/") and (file := self._promised(promise)):
                 if not self.remote:
-                    self._obtain(f"{ref.key}/{relative}", fact, remove=promise)
-                facts[relative] = fact
-        return facts
+                    self._obtain(f"{ref.key}/{relative}", file, remove=promise)
+                files[relative] = file
+        return files
 
-    def _promised(self, key: str) -> Fact | None:
+    def _promised(self, key: str) -> StoredFile | None:
         text = self.read_bytes(key)
         if text is None:
             return None
-        fact = _parsed(text)
-        if set(fact) != {"size", "sha256"}:
-            raise self._corrupt(key, "it is not a size and a sha256", remove=key)
-        return fact
+        try:
+            return StoredFile(**parse_object(text))
+        except TypeError:
+            raise self._corrupt(key, "it is not a size and a sha256", remove=key) from None
 
-    def _obtain(self, key: str, fact: Fact, remove: str) -> Path:
+    def _obtain(self, key: str, expected: StoredFile, remove: str) -> Path:
         """A file on this machine, verified. A wrong scratch copy is downloaded again, since scratch is
         only a cache; a wrong stored file is an IntegrityError."""
         path = self.local(key)
-        wrong = _mismatch(path, fact)
+        wrong = _mismatch(path, expected)
         if wrong and self.remote:
             with self.download(key) as temporary:
-                if not (wrong := _mismatch(temporary, fact)):
+                if not (wrong := _mismatch(temporary, expected)):
                     os.replace(temporary, path)
         if wrong:
-            recorded = f"recorded are {fact['size']} bytes, sha256 {fact['sha256']}"
+            recorded = f"recorded are {expected.size} bytes, sha256 {expected.sha256}"
             raise self._corrupt(key, f"{wrong}; {recorded}", remove)
         return path
 
@@ -287,28 +242,28 @@ def locate(artifact: str, scratch: str | None = None) -> tuple[Store, Ref]:
     """The store and the name of an artifact from its directory or URL. ConfigError if it is none."""
     remote = artifact.startswith("s3://")
     root, found, rest = (artifact if remote else str(Path(artifact).absolute())).rpartition("/artifacts/")
-    ref = Ref.of(f"artifacts/{rest}" if found else artifact)
+    ref = Ref.from_key(f"artifacts/{rest}" if found else artifact)
     return Store(root, scratch), ref
 
 
-def describe(path: Path) -> Fact:
+def describe(path: Path) -> StoredFile:
     """Size and sha256 of a file, read once per process while inode, size and modification time stay."""
     stat = path.stat()
     known = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if known not in _hashes:
         with path.open("rb") as file:
             _hashes[known] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": stat.st_size, "sha256": _hashes[known]}
+    return StoredFile(stat.st_size, _hashes[known])
 
 
-def _mismatch(path: Path, fact: Fact) -> str | None:
+def _mismatch(path: Path, expected: StoredFile) -> str | None:
     """What is wrong with a file, in words; None if it is as promised."""
     if not path.is_file():
         return "the file is missing"
-    if (size := path.stat().st_size) != fact["size"]:
+    if (size := path.stat().st_size) != expected.size:
         return f"found {size} bytes"
-    found = describe(path)
-    return None if found == fact else f"found {size} bytes, sha256 {found['sha256']}"
+    actual = describe(path)
+    return None if actual == expected else f"found {size} bytes, sha256 {actual.sha256}"
 
 
 def _promise(ref: Ref, relative: str) -> str:
@@ -322,27 +277,3 @@ def _outputs(folder: Path) -> list[str]:
     return [
         p.as_posix() for p in paths if p.parts[0] not in working and not any(n[0] == "." for n in p.parts)
     ]
-
-
-def _parsed(text: bytes) -> dict[str, Any]:
-    """A JSON object; empty if it is anything else."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _seal(record: dict[str, Any]) -> str:
-    """Checksum of a record's content, so that a changed figure in it is found like a changed weight."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str | None]:
-    """Of what computed the figures, without importing any of it; None if it is not installed."""
-    installed: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        installed[package.replace("-", "_")] = None
-        with suppress(metadata.PackageNotFoundError):
-            installed[package.replace("-", "_")] = metadata.version(package)
-    return installed

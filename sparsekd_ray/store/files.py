@@ -85,7 +85,7 @@ class Files:
     def read_bytes(self, key: str) -> bytes | None:
         with self.explaining(f"reading {key}"):
             try:
-                return self._files.cat_file(self._path(key))
+                return bytes(self._files.cat_file(self._path(key)))
             except FileNotFoundError:
                 return None
 

@@ -44,7 +44,7 @@ def parents(store: Store, ref: Ref) -> dict[str, Ref]:
         raise IntegrityError(
             f"{store.url(ref.key)} has no record: it is not finished. Submit its cascade again."
         )
-    return {role: Ref.of(key) for role, key in record["inputs"].items()}
+    return {role: Ref.from_key(key) for role, key in record.inputs.items()}
 
 
 def verify(store: Store, ref: Ref, sequences: int, seed: int) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def killed_until_it_ends(store: Store, moments: random.Random, at_most: int) -> 
 
 def dates(store: Store) -> dict[str, int]:
     """When each finished shard was written."""
-    done = store.record(CACHE)["files"] if store.record(CACHE) else store.published(CACHE)
+    done = store.record(CACHE).files if store.record(CACHE) else store.published(CACHE)
     paths = [store.local(f"{CACHE.key}/{name}") for name in done if name.endswith(".parquet")]
     return {path.name: path.stat().st_mtime_ns for path in paths}
 
@@ -308,7 +308,7 @@ def test_a_machine_downloads_the_teacher_once(captured, s3_server, tmp_path, mon
     for _ in range(2):
         alone(machine, CACHE, read_manifest(captured.fetch(CACHE))).shard(0)
     assert sorted(key for key in downloaded if TEACHER.key in key) == [
-        f"{TEACHER.key}/{name}" for name in sorted(store.record(TEACHER)["files"])
+        f"{TEACHER.key}/{name}" for name in sorted(store.record(TEACHER).files)
     ]
 
 

@@ -39,10 +39,8 @@ def outcome(store: Store) -> dict:
     for step in job.preflight(config):
         record = store.record(step.ref)
         assert record is not None, f"{step.name} is not there"
-        figures = {k: v for k, v in record["metrics"].items() if "seconds" not in k and "per_second" not in k}
-        binary = {
-            n: f["sha256"] for n, f in record["files"].items() if n.endswith((".safetensors", ".parquet"))
-        }
+        figures = {k: v for k, v in record.metrics.items() if "seconds" not in k and "per_second" not in k}
+        binary = {n: f.sha256 for n, f in record.files.items() if n.endswith((".safetensors", ".parquet"))}
         found[step.name] = (figures, binary)
     return found
 
@@ -85,8 +83,8 @@ def test_the_pruned_size_is_that_of_the_files(finished):
     record = finished.record(step.ref)
     tensors = tensor_shapes(finished.fetch(step.ref))
     sizes = {name: a * b for name, (a, *rest) in tensors.items() for b in [rest[0] if rest else 1]}
-    assert sum(sizes.values()) == record["metrics"]["params"]
-    assert sum(n for name, n in sizes.items() if ".mlp." in name) == record["metrics"]["mlp_params"]
+    assert sum(sizes.values()) == record.metrics["params"]
+    assert sum(n for name, n in sizes.items() if ".mlp." in name) == record.metrics["mlp_params"]
 
 
 def test_resubmitting_a_finished_run_does_nothing(finished):

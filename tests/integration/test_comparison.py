@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from cascades import TINY, changed
 from lines import recorded
+from records import record
 
 from sparsekd_ray.cascade import single
 from sparsekd_ray.cascade.steps import Step
@@ -14,7 +15,7 @@ from sparsekd_ray.compare import comparison, run
 from sparsekd_ray.compare.comparison import rows, title, variant
 from sparsekd_ray.config import Config, Prune, parse
 from sparsekd_ray.errors import ConfigError
-from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store import Record, Ref, Store
 
 METHODS = ("svd", "svd-whitened+optimal", "depth", "wanda", "magnitude")
 SPARSITIES, DRAWS = (0.25, 0.5), (0, 1, 2)
@@ -106,7 +107,7 @@ def test_variants_of_one_method_are_steps_of_their_own() -> None:
     assert refs[0] == refs[1] and len(set(refs)) == 3
 
 
-def records(distilled: bool) -> dict[str, tuple[Step, dict[str, Any]]]:
+def records(distilled: bool) -> dict[str, tuple[Step, Record]]:
     """Made-up figures by every name of the plan: perplexity 10 · 2^sparsity + draw."""
     made = {}
     for name, step in planned(distilled=distilled)[1].items():
@@ -117,7 +118,7 @@ def records(distilled: bool) -> dict[str, tuple[Step, dict[str, Any]]]:
         if step.kind == "evaluate":
             ppl = 8.0 if "distilled" in name else 10.0 + float(name[-1]) if "draw" in name else 5.0
             metrics = {"paper": {"ppl": ppl, "domains": {"prose": {"ppl": ppl}, "code": {"ppl": 2 * ppl}}}}
-        made[name] = step, {"metrics": metrics, "seconds": 3.0}
+        made[name] = step, record(step.ref, metrics, seconds=3.0)
     return made
 
 
@@ -199,5 +200,5 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
         result = single.run(config, "prune", single.prune(config, 0.5), dry_run=False)
     assert "pruned" in result["reused"] and result["made"] == ["export pruned"], "the comparison made it"
     assert "from_pretrained(" in lines[-1] and "trust_remote_code" not in lines[-1]
-    assert Ref.of(result["artifact"].removeprefix(f"{tmp_path}/")).kind == "export"
+    assert Ref.from_key(result["artifact"].removeprefix(f"{tmp_path}/")).kind == "export"
     assert set(result["perplexity"]) == {"dense", "pruned"}

@@ -307,7 +307,7 @@ def test_masks_are_held_through_a_distillation(store: Store, cluster: None) -> N
     PORT = free_port()
     ray.get(alone.remote())
     before, after = (loading.load(store.fetch(ref)) for ref in (asked.out, out))
-    assert after.config.sparsekd_mask == "wanda" and store.record(out)["metrics"]["best_step"] > 0
+    assert after.config.sparsekd_mask == "wanda" and store.record(out).metrics["best_step"] > 0
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         assert not torch.equal(old, new), f"{name} was not trained"
         if ".mlp." in name:

@@ -22,8 +22,9 @@ from lines import recorded
 
 from benchmarks.s3_server import S3Server
 from sparsekd_ray.errors import ConfigError, IntegrityError, StoreError
-from sparsekd_ray.store import Ref, Store, files, s3
+from sparsekd_ray.store import Record, Ref, Store, files, s3
 from sparsekd_ray.store.artifacts import _promise
+from sparsekd_ray.store.record import StoredFile
 
 REF = Ref("cache", "dense", "0123abcd")
 ALTERED = hashlib.sha256(b"0123456780").hexdigest()
@@ -45,7 +46,7 @@ def elsewhere(store: Store) -> Store:
     )
 
 
-def build(store: Store, ref: Ref = REF, contents: bytes = b"0123456789") -> dict:
+def build(store: Store, ref: Ref = REF, contents: bytes = b"0123456789") -> Record:
     with store.building(ref) as out:
         (out / "train").mkdir(exist_ok=True)
         (out / "train" / "00000.parquet").write_bytes(contents)
@@ -65,14 +66,13 @@ def test_artifact_exists_once_recorded_and_reads_the_same_everywhere(store: Stor
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("not a result")
     record = build(store)
-    assert sorted(record["files"]) == ["manifest.json", "train/00000.parquet"]
-    assert record["files"]["train/00000.parquet"] == {
-        "size": 10,
-        "sha256": "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882",
-    }
-    assert {key: record[key] for key in ABOUT} == ABOUT
-    assert (record["kind"], record["name"], record["fingerprint"]) == ("cache", "dense", "0123abcd")
-    assert set(record["versions"]) == {"python", "sparsekd_ray", "torch", "transformers", "ray", "deepspeed"}
+    assert sorted(record.files) == ["manifest.json", "train/00000.parquet"]
+    assert record.files["train/00000.parquet"] == StoredFile(
+        10, "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"
+    )
+    assert {key: getattr(record, key) for key in ABOUT} == ABOUT
+    assert record.ref == REF
+    assert set(record.versions) == {"python", "sparsekd_ray", "torch", "transformers", "ray", "deepspeed"}
     for view in (store, elsewhere(store)):
         for _ in range(2):
             directory = view.fetch(REF)
@@ -101,7 +101,7 @@ def test_failure_between_upload_and_record_leaves_no_artifact(store: Store) -> N
         store.commit(REF, identity={}, inputs={}, metrics={"figure": object()}, seconds=0)
     assert store.find(f"{REF.key}/a.txt") and store.record(REF) is None
     build(store)
-    assert sorted(elsewhere(store).record(REF)["files"]) == ["a.txt", "manifest.json", "train/00000.parquet"]
+    assert sorted(elsewhere(store).record(REF).files) == ["a.txt", "manifest.json", "train/00000.parquet"]
 
 
 def damage(store: Store, how: str) -> None:
@@ -225,8 +225,8 @@ def test_published_files_are_pulled_by_the_next_attempt(store: Store) -> None:
     ):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(name)
-    fact = store.publish(REF, "00000.parquet")  # 00001 is written but was never finished
-    assert fact["size"] == len("00000.parquet")
+    file = store.publish(REF, "00000.parquet")  # 00001 is written but was never finished
+    assert file.size == len("00000.parquet")
     for step in ("step-1", "step-2"):
         store.publish(REF, f"checkpoints/{step}/model.bin")
 
@@ -252,7 +252,7 @@ def test_record_lists_what_other_machines_published(store: Store) -> None:
     if store.remote:  # the driver's disk may hold half of an earlier attempt's shard
         (store.workdir(REF) / "00000.parquet").write_text("half")
     (store.workdir(REF) / "manifest.json").write_text("{}")
-    assert sorted(store.commit(REF, **ABOUT)["files"]) == ["00000.parquet", "manifest.json"]
+    assert sorted(store.commit(REF, **ABOUT).files) == ["00000.parquet", "manifest.json"]
     for view in (store, elsewhere(store)):
         assert (view.fetch(REF) / "00000.parquet").read_text() == "00000.parquet"
     assert sorted(store.find(REF.key)) == [

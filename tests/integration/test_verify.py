@@ -171,7 +171,7 @@ def test_statistics_are_those_of_the_rows(captured):
     targets = [rows.target for _, rows in inspect.all_rows(captured, CACHE, 2.0)]
     mass = torch.cat([target.logprobs_NK.exp().sum(-1) for target in targets])
     assert figures["temperatures"]["2.0"]["prose"]["kept_mass"] == pytest.approx(float(mass.double().mean()))
-    size = sum(f["size"] for n, f in captured.record(CACHE)["files"].items() if n.endswith(".parquet"))
+    size = sum(f.size for n, f in captured.record(CACHE).files.items() if n.endswith(".parquet"))
     assert figures["bytes_per_token"] == pytest.approx(size / (len(mass) / 63 * 64))
     assert sum(figures["columns"].values()) < figures["bytes_per_token"]
 

@@ -96,7 +96,7 @@ def content(store: Store, out: Ref = CACHE) -> dict[str, str]:
     folder = store.fetch(out)
     record = store.record(out)
     assert record is not None and folder.is_dir()
-    return {name: fact["sha256"] for name, fact in record["files"].items()}
+    return {name: file.sha256 for name, file in record.files.items()}
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_artifact_holds_the_statistics_of_the_sampled_rows(store: Store, model: 
     }
     record = store.record(out)
     assert record is not None
-    assert record["metrics"] == {"tokens": 1280, "sequences": 20, "layers": layers}
+    assert record.metrics == {"tokens": 1280, "sequences": 20, "layers": layers}
     assert said[-1] == f"{layers}/{layers} layers measured"
 
 

@@ -37,7 +37,9 @@ def test_what_a_stage_makes_is_what_a_cascade_makes(config: Config) -> None:
     assert keys(single.corpus(config)) | keys(single.capture(config)) <= cascade
     assert keys(single.distill(config, 0.3)) - cascade == set(), "round 1 is one pruning and one distillation"
     new = keys(single.prune(config, 0.3)) - cascade
-    assert [Ref.of(key).kind for key in new] == ["export"], "a cascade exports only what it has distilled"
+    assert [Ref.from_key(key).kind for key in new] == ["export"], (
+        "a cascade exports only what it has distilled"
+    )
 
 
 def test_a_stage_plans_no_more_than_it_needs(config: Config) -> None:

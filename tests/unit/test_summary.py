@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from records import record
 
 from sparsekd_ray.cascade.plan import plan
 from sparsekd_ray.config import load, parse
@@ -28,9 +29,7 @@ def summary():
 def summary_of(tree):
     config = parse(tree, "test")
     steps = plan(config, lambda source: {"path": source.path}, {})
-    records = {
-        step.name: {"metrics": metrics(step), "seconds": 1.0, "files": {}, "created": ""} for step in steps
-    }
+    records = {step.name: record(step.ref, metrics(step), seconds=1.0) for step in steps}
     run = {"command": "c", "reused": {"dense"}, "seconds": 2.0, "created": "", "commands": [], "versions": {}}
     return summarise(config, steps, records, run | {"hardware": ""})
 
