@@ -129,7 +129,7 @@ def test_what_keeps_ray_from_starting_is_one_message(no_ray, monkeypatch):
 
 def test_what_runs_side_by_side_depends_on_the_steps():
     def step(kind: str) -> Step:
-        return Step(kind, kind, Ref(kind, "x", "00"), {}, {})
+        return Step(kind, kind, Ref(kind, "x", "00"), {}, {}, None)
 
     execution = Execution(workers=3, actors=5)
     assert side_by_side([step("prune"), step("evaluate")], execution) == 1
