@@ -16,9 +16,10 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 import torch
@@ -40,6 +41,20 @@ THRESHOLD = "threshold.json"
 PILOT = 64  # sequences on which a sampler's threshold is set
 
 
+class CaptureMetrics(TypedDict):
+    tokens: int
+    shards: int
+
+
+class ActorArguments(NamedTuple):
+    store: Store
+    teacher: Ref
+    texts: Ref
+    out: Ref
+    manifest: CacheManifest
+    gpu: bool
+
+
 class TeacherActor:
     """Holds the teacher's weights and turns corpus shards into cache shards, two at a time: one in the model, one on
     its way to the store."""
@@ -54,7 +69,7 @@ class TeacherActor:
         device, dtype = "cuda" if gpu else "cpu", getattr(torch, manifest.dtype)
         self.forward = Forward(loading.load(store.fetch(teacher), dtype=dtype, device=device))
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for index in batch["shard"]:
             self.shard(int(index))
         return batch
@@ -80,7 +95,7 @@ class TeacherActor:
             self.store.publish(self.out, name)
         return len(rows)
 
-    def rows(self, index: int) -> Any:
+    def rows(self, index: int) -> pa.Table:
         name = shards.shard_name(index)
         return corpus.read_shard(self.store.fetch(self.texts, [f"train/{name}"]) / "train" / name)
 
@@ -98,7 +113,7 @@ def capture(
     settings: Teacher,
     store: Store,
     execution: Execution,
-) -> dict[str, Any]:
+) -> CaptureMetrics:
     """Fills `out`'s working directory with shards and manifest; returns the metrics for its record."""
     source = corpus.read_manifest(store.fetch(texts, [corpus.MANIFEST]))
     vocab_size = spec.sizes(store.fetch(teacher, ["config.json"]), "vocab_size")[0]
@@ -121,10 +136,10 @@ def capture(
         dtype="bfloat16" if execution.gpus else "float32",
         seq_len=seq_len,
     )
-    arguments = (store, teacher, texts, out, manifest, execution.gpus)
+    arguments = ActorArguments(store, teacher, texts, out, manifest, execution.gpus)
     if settings.signal == "sampled":
         manifest = replace(manifest, threshold=_threshold(arguments, settings.bytes_per_token))
-        arguments = (store, teacher, texts, out, manifest, execution.gpus)
+        arguments = arguments._replace(manifest=manifest)
     done = {name for name in store.published(out, "") if name.endswith(".parquet")}
     todo = {index: n for index, n in enumerate(tokens) if shards.shard_name(index) not in done}
     if done:
@@ -137,7 +152,7 @@ def capture(
             f"capture ended without {len(missing)} of {len(tokens)} shards, the first is {missing[0]}"
         )
     manifest.write(store.workdir(out))
-    return {"tokens": manifest.tokens, "shards": len(tokens)}
+    return CaptureMetrics(tokens=manifest.tokens, shards=len(tokens))
 
 
 def _fill(todo: dict[int, int], count: int, finished: Iterable[int]) -> None:
@@ -188,23 +203,23 @@ def _tokens_by_shard(texts: Path, shard_rows: tuple[int, ...], seq_len: int | No
     return [int(part.sum()) for part in np.split(lengths_B, ends)]
 
 
-def _threshold(arguments: tuple[Any, ...], bytes_per_token: float) -> float:
-    """The sampler's threshold: of an earlier attempt at this cache, or found now by one actor."""
-    store, _, _, out, _, gpu = arguments
-    if (kept := store.pull(out, THRESHOLD)) is None:
+def _threshold(arguments: ActorArguments, bytes_per_token: float) -> float:
+    """The sampler's threshold: an earlier attempt at this cache has published it, or one actor fits it now."""
+    store, out = arguments.store, arguments.out
+    if (published := store.pull(out, THRESHOLD)) is None:
         logger.info(f"looks for the threshold at which a sample takes {bytes_per_token:g} bytes per token")
-        options = {"num_gpus": 1} if gpu else {"num_cpus": 1}
+        options = {"num_gpus": 1} if arguments.gpu else {"num_cpus": 1}
         actor: Any = ray.remote(TeacherActor).options(**options).remote(*arguments)
-        found = float(ray.get(actor.fit_threshold.remote(bytes_per_token)))
+        fitted = float(ray.get(actor.fit_threshold.remote(bytes_per_token)))
         ray.kill(actor)
         with store.building(out) as folder:
-            (folder / THRESHOLD).write_text(json.dumps(found))
+            (folder / THRESHOLD).write_text(json.dumps(fitted))
             store.publish(out, THRESHOLD)
-        return found
-    return json.loads(kept.read_text())
+        return fitted
+    return float(json.loads(published.read_text()))
 
 
-def _stream(todo: list[int], arguments: tuple[Any, ...], execution: Execution) -> Iterator[int]:
+def _stream(todo: list[int], arguments: ActorArguments, execution: Execution) -> Iterator[int]:
     """Every finished shard, as it finishes."""
     if not todo:
         return

@@ -52,7 +52,8 @@ def decode_ids(class_M: np.ndarray, counts_B: np.ndarray, packed: np.ndarray) ->
     words = np.lib.stride_tricks.as_strided(padded, (len(packed) + 1, 4), (1, 1))
     word_M = np.ascontiguousarray(words).view("<u4")[:, 0][start_M >> 3]
     low_M = (word_M >> (start_M & 7).astype(np.uint32)) & _MASK[class_M]
-    return _BASE[class_M] + low_M.astype(np.int32)
+    ids_M: np.ndarray = _BASE[class_M] + low_M.astype(np.int32)
+    return ids_M
 
 
 def _pack(low_M: np.ndarray, width_M: np.ndarray, counts_B: np.ndarray) -> list[bytes]:
@@ -96,7 +97,8 @@ def encode_tails(tail_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def decode_tails(high_NT: np.ndarray, low_NT: np.ndarray) -> np.ndarray:
     """float32 [N, T]."""
     steps_NT = high_NT.astype(np.int32) << 8 | low_NT
-    return np.square(steps_NT.astype(np.float32) / TAIL_STEPS)
+    tail_NT: np.ndarray = np.square(steps_NT.astype(np.float32) / TAIL_STEPS)
+    return tail_NT
 
 
 def _classes() -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +111,7 @@ def _classes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _levels() -> np.ndarray:
-    """−log p of every level; fewer than 256 reach down to e^-60, below which nothing is told apart."""
+    """−log p of every level; fewer than 256 reach down to e^-60, below which levels do not differ."""
     levels = [0.0]
     while levels[-1] < DEEPEST:
         levels.append(levels[-1] + min(COARSE, max(FINE, FINE / 5 * np.exp(levels[-1] / 2))))

@@ -1,20 +1,24 @@
-"""The teacher's forward pass over rows of tokens: hidden states for as many sequences as the card takes, the head a
-chunk of positions at a time, of each chunk only the signal kept.
+"""The teacher's forward pass over rows of tokens.
 
-Sequences of equal length run together, and nothing is padded: no position sees, or pays for, a token that is not its
-own. Torch and transformers alone: runs where there is no Ray. Shapes: B sequences, L tokens, N positions, D hidden
-size, V vocabulary.
+The model computes hidden states for as many sequences as the card takes. The head then computes logits for one chunk of
+positions at a time, and only the signal of each chunk is kept. Sequences of equal length run together without padding.
+This module needs torch and transformers, but no Ray.
+
+Shapes: B sequences, L tokens, N positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 from sparsekd_ray.errors import CorpusError, ModelError
 from sparsekd_ray.model import head
@@ -29,7 +33,7 @@ SEQUENCES = {"cpu": 16, "cuda": 64}
 class Forward:
     """A teacher in memory; halves its batch for good when the card is out of memory."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         self.sequences = SEQUENCES[model.device.type]
 
@@ -100,8 +104,9 @@ def _keep(
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    told = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
+    """Whether the error says, in one of torch's several ways, that the device has no memory left."""
+    phrases = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
 def lengths(rows: pa.Table) -> np.ndarray:
@@ -113,7 +118,7 @@ def lengths(rows: pa.Table) -> np.ndarray:
             f"sample {rows['sample_id'][place]} has {lengths_B[place]} tokens: the corpus must hold sequences of at "
             "least two, or there is nothing to predict"
         )
-    return lengths_B
+    return np.asarray(lengths_B)
 
 
 def longest_first(lengths_B: np.ndarray) -> np.ndarray:
@@ -122,9 +127,9 @@ def longest_first(lengths_B: np.ndarray) -> np.ndarray:
 
 
 def bucket(left_B: np.ndarray, lengths_B: np.ndarray, most: int) -> np.ndarray:
-    """Of the rows that are left, longest first, the next that run together: `most` of them, all of one length."""
+    """The next rows that run together: at most `most` of `left_B` (longest first), all of one length."""
     next_b = left_B[:most]
-    return next_b[lengths_B[next_b] == lengths_B[next_b[0]]]
+    return np.asarray(next_b[lengths_B[next_b] == lengths_B[next_b[0]]])
 
 
 def tokens(rows: pa.Table) -> torch.Tensor:
@@ -134,7 +139,7 @@ def tokens(rows: pa.Table) -> torch.Tensor:
 
 
 def _in_order(signal: TopK | Sampled, order_B: np.ndarray, positions_B: np.ndarray) -> TopK | Sampled:
-    """Positions as the rows stand, of a signal whose rows are in `order_B`."""
+    """The signal with its rows back in the corpus's order; they are in `order_B`."""
     if (np.diff(order_B) > 0).all():
         return signal
     counts, back = positions_B[order_B].tolist(), np.argsort(order_B)

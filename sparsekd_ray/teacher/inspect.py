@@ -1,14 +1,15 @@
-"""A cache for people: one sequence with the teacher's alternatives, and what the whole holds and costs."""
+"""Shows a cache to people: one sequence with the teacher's alternatives, and the statistics of the whole cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.store import Ref, Store
@@ -16,6 +17,14 @@ from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.manifest import MANIFEST, read_manifest
 from sparsekd_ray.teacher.threshold import column_sizes
 from sparsekd_ray.teacher.verify import parents
+
+
+class CacheStatistics(TypedDict):
+    bytes_per_token: float
+    columns: dict[str, float]
+    """Bytes per token of each column."""
+    temperatures: dict[str, dict[str, dict[str, float]]]
+    """By temperature and domain: `kept_mass`, `top1_mass`, `entropy`."""
 
 
 def all_rows(store: Store, ref: Ref, temperature: float | None = None) -> Iterator[tuple[Path, shards.Rows]]:
@@ -71,12 +80,12 @@ def _holding(store: Store, ref: Ref, sample: str, temperature: float | None) -> 
     raise ConfigError(f"{store.url(ref.key)} holds no sample {sample!r}; it holds {', '.join(some[:5])} …")
 
 
-def shown(tokenizer: Any, token: int) -> str:
+def shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token as text that cannot be taken for markup or layout."""
     return repr(tokenizer.decode([token]))[1:-1].replace("[", r"\[") or "·"
 
 
-def statistics(store: Store, ref: Ref) -> dict[str, Any]:
+def statistics(store: Store, ref: Ref) -> CacheStatistics:
     """Bytes per token by column, and by domain: mass of the kept ids, of the likeliest alone, and entropy in nat (of
     top-k a lower bound, the tail counted as one; of a sample that of the estimate)."""
     folder, by_column = store.fetch(ref), dict[str, float]()
@@ -109,7 +118,7 @@ def _by_domain(store: Store, ref: Ref, temperature: float) -> dict[str, dict[str
     return {d: dict(zip(names, (s[1:] / s[0]).tolist(), strict=True)) for d, s in sorted(sums.items())}
 
 
-def plot(figures: dict[str, Any], path: Path, title: str) -> None:
+def plot(figures: CacheStatistics, path: Path, title: str) -> None:
     """Bytes per token by column beside kept mass and entropy by domain."""
     import matplotlib
 

@@ -162,7 +162,8 @@ def _follows(exact_N: np.ndarray, drawn_N: np.ndarray) -> np.ndarray:
     """Which of all ids [M] is a drawn one right after another drawn one of its position."""
     counts_N = exact_N + drawn_N
     place_M = np.arange(counts_N.sum()) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
-    return place_M > np.repeat(exact_N, counts_N)
+    follows_M: np.ndarray = place_M > np.repeat(exact_N, counts_N)
+    return follows_M
 
 
 def _differences(ids_M: np.ndarray, exact_N: np.ndarray, drawn_N: np.ndarray) -> np.ndarray:
@@ -176,14 +177,16 @@ def _sums(coded_M: np.ndarray, exact_N: np.ndarray, drawn_N: np.ndarray) -> np.n
     total_M = np.cumsum(coded_M.astype(np.int64) + follows_M)
     # the running total, less what it was before the id that the differences start from
     start_M = np.maximum.accumulate(np.where(follows_M, 0, np.arange(len(coded_M))))
-    return (total_M - total_M[start_M] + coded_M[start_M]).astype(np.int32)
+    ids_M: np.ndarray = (total_M - total_M[start_M] + coded_M[start_M]).astype(np.int32)
+    return ids_M
 
 
 def _by_row(count_N: np.ndarray, positions_B: np.ndarray) -> np.ndarray:
     """Σ of `count_N` over each row's positions."""
     total = np.concatenate([[0], np.cumsum(count_N, dtype=np.int64)])
     last_B = np.cumsum(positions_B)
-    return total[last_B] - total[last_B - positions_B]
+    sums_B: np.ndarray = total[last_B] - total[last_B - positions_B]
+    return sums_B
 
 
 def _lists(values: np.ndarray, counts_B: np.ndarray) -> pa.ListArray:
@@ -217,7 +220,8 @@ def lengths(table: pa.Table, name: str) -> np.ndarray:
 def numbers(table: pa.Table, name: str, counts_B: np.ndarray) -> np.ndarray:
     column = table[name].combine_chunks()
     _expect(name, lengths(table, name), counts_B)
-    return column.flatten().to_numpy(zero_copy_only=False)
+    values: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)
+    return values
 
 
 def bytes_of(table: pa.Table, name: str, counts_B: np.ndarray | None = None) -> np.ndarray:
@@ -229,10 +233,10 @@ def bytes_of(table: pa.Table, name: str, counts_B: np.ndarray | None = None) -> 
     return np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
 
 
-def _expect(name: str, found_B: np.ndarray, counts_B: np.ndarray) -> None:
-    if not np.array_equal(found_B, counts_B):
+def _expect(name: str, sizes_B: np.ndarray, counts_B: np.ndarray) -> None:
+    if not np.array_equal(sizes_B, counts_B):
         raise ValueError(
-            f"{name} has {found_B.sum()} values where {counts_B.sum()} belong, or splits them otherwise"
+            f"{name} has {sizes_B.sum()} values where {counts_B.sum()} belong, or splits them otherwise"
         )
 
 

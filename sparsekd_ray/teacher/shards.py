@@ -16,7 +16,8 @@ Shapes: B rows, N positions of all rows.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +52,9 @@ def shard_name(index: int) -> str:
     return f"{index:05d}.parquet"
 
 
-def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: CacheManifest) -> None:
+def write(
+    path: Path | IO[bytes], corpus_rows: pa.Table, signal: TopK | Sampled, manifest: CacheManifest
+) -> None:
     """Writes one shard: `corpus_rows` (sample_id, domain, input_ids) and the signal of their positions, in order."""
     ids = corpus_rows["input_ids"].combine_chunks()
     lengths_B = np.diff(ids.offsets.to_numpy())
@@ -83,7 +86,7 @@ def write(path: Any, corpus_rows: pa.Table, signal: TopK | Sampled, manifest: Ca
     )
 
 
-def read(path: Any, manifest: CacheManifest, temperature: float) -> Rows:
+def read(path: Path | IO[bytes], manifest: CacheManifest, temperature: float) -> Rows:
     """Decodes one shard at one temperature; `IntegrityError` where it is not what the manifest says."""
     try:
         table = pq.ParquetFile(path).read(use_threads=False)  # half the time of read_table

@@ -83,7 +83,7 @@ def _log_sums(
 ) -> dict[float, torch.Tensor]:
     """log Σ_v exp((x_v − top) / t) for each t. At twice the temperature the terms are square roots, which cost a third
     of exponentials."""
-    found: dict[float, torch.Tensor] = {}
+    log_sums: dict[float, torch.Tensor] = {}
     terms_NV = torch.empty_like(
         logits_NV
     )  # one for all: memory that was never touched is slower than the arithmetic
@@ -91,11 +91,11 @@ def _log_sums(
         if t / 2 in temperatures:
             continue
         torch.sub(logits_NV, top_N1, out=terms_NV).div_(t).exp_()
-        found[t] = terms_NV.sum(-1).log_()
+        log_sums[t] = terms_NV.sum(-1).log_()
         while 2 * t in temperatures:
             t *= 2
-            found[t] = terms_NV.sqrt_().sum(-1).log_()
-    return found
+            log_sums[t] = terms_NV.sqrt_().sum(-1).log_()
+    return log_sums
 
 
 def largest(values_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +166,7 @@ def _systematic(p_NV: torch.Tensor, threshold: float, u_N: torch.Tensor) -> tupl
 def _group_sums(p_NV: torch.Tensor) -> torch.Tensor:
     """Sums of `GROUP` neighbours [N, G], the last one of what remains."""
     whole = p_NV.shape[1] // GROUP * GROUP
-    sums_NG = p_NV[:, :whole].unflatten(1, (-1, GROUP)).sum(-1)
+    sums_NG: torch.Tensor = p_NV[:, :whole].unflatten(1, (-1, GROUP)).sum(-1)
     if whole == p_NV.shape[1]:
         return sums_NG
     return torch.cat([sums_NG, p_NV[:, whole:].sum(-1, keepdim=True)], 1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from sparsekd_ray.teacher import shards
 from sparsekd_ray.teacher.forward import Forward, lengths
 from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.payload import MANY
+from sparsekd_ray.teacher.signal import Sampled, TopK
 
 SMALLEST, LARGEST = 1 / (MANY - 1), 1.0  # at most 1/τ ids are exact, and 1/τ + 1 drawn
 BISECTIONS = 10  # within 0.7 % of τ
@@ -49,7 +51,7 @@ def fit_teacher(forward: Forward, pilot: pa.Table, manifest: CacheManifest, byte
     return fit(size, bytes_per_token)
 
 
-def file_size(rows: pa.Table, signal: Any, manifest: CacheManifest) -> tuple[float, io.BytesIO]:
+def file_size(rows: pa.Table, signal: TopK | Sampled, manifest: CacheManifest) -> tuple[float, io.BytesIO]:
     """Bytes per token of a shard's columns, and the shard."""
     file = io.BytesIO()
     shards.write(file, rows, signal, manifest)
@@ -57,7 +59,7 @@ def file_size(rows: pa.Table, signal: Any, manifest: CacheManifest) -> tuple[flo
     return sum(column_sizes(file).values()) / int(lengths(rows).sum()), file
 
 
-def column_sizes(file: Any) -> dict[str, int]:
+def column_sizes(file: Path | IO[bytes]) -> dict[str, int]:
     """Bytes of every column of a Parquet file, compressed."""
     metadata = pq.ParquetFile(file).metadata
     sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Is a cache what its teacher says? Every file, row and id is checked; a seeded sample of sequences is asked again.
+"""Checks that a cache holds what its teacher says: every file, row and id, and a seeded sample asked again.
 
 Torch and transformers alone. Shapes: N positions, V vocabulary, K kept ids.
 """
@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,27 @@ top-k; total variation for a sample, whose exact probabilities are off by up to 
 NOISE = 1e-2  # no more is forgiven, however unsteady the teacher is
 
 
+class Distance(NamedTuple):
+    """How far the cache is from the teacher, and the teacher from itself, over the positions that were asked again."""
+
+    distance: float
+    noise: float
+    positions: int
+    sequences: int
+
+
+class Verification(TypedDict):
+    """What `verify` measured."""
+
+    distance: float
+    noise: float
+    allowed: float
+    positions: int
+    sequences: int
+    shards: int
+    rows: int
+
+
 def parents(store: Store, ref: Ref) -> dict[str, Ref]:
     """The teacher and the text of a finished cache, from its record."""
     if ref.kind != "cache":
@@ -47,38 +68,45 @@ def parents(store: Store, ref: Ref) -> dict[str, Ref]:
     return {role: Ref.from_key(key) for role, key in record.inputs.items()}
 
 
-def verify(store: Store, ref: Ref, sequences: int, seed: int) -> dict[str, Any]:
-    """Checks all of a cache and returns what was measured; IntegrityError at the first thing that is not as it should.
+def verify(store: Store, ref: Ref, sequences: int, seed: int) -> Verification:
+    """Checks all of a cache and returns what was measured; IntegrityError at the first fault.
 
     `distance` is a mean over all positions of `sequences` sequences and over the stored temperatures. Of top-k,
     KL(teacher now ‖ cache), the rest of the vocabulary as one. Of a sample, the total variation between it and the
     sample drawn again. `noise` is the same between the teacher now and the teacher now, one sequence at a time.
     """
-    of = parents(store, ref)
-    folder, texts = store.fetch(ref), store.fetch(of["texts"])
+    inputs = parents(store, ref)
+    folder, texts = store.fetch(ref), store.fetch(inputs["texts"])
     manifest = read_manifest(folder)
-    _belongs(manifest, of, corpus.read_manifest(texts))
+    _require_inputs(manifest, inputs, corpus.read_manifest(texts)["tokenizer_hash"])
     logger.info(f"{len(manifest.shard_rows)} shards: every checksum is that of the record")
-    counts = {"shards": len(manifest.shard_rows), "rows": _count(folder, texts, manifest)}
-    logger.info(
-        f"{counts['rows']:,} rows, every one in its place, with its tokens, ids and probabilities in range"
-    )
-    measured = _live(store.fetch(of["teacher"]), folder, texts, manifest, sequences, seed)
-    return measured | counts | {"allowed": _judge(measured, folder, manifest)}
+    rows = _count(folder, texts, manifest)
+    logger.info(f"{rows:,} rows, every one in its place, with its tokens, ids and probabilities in range")
+    measured = _ask_again(store.fetch(inputs["teacher"]), folder, texts, manifest, sequences, seed)
+    allowed = _judge(measured, folder, manifest)
+    return {
+        "distance": measured.distance,
+        "noise": measured.noise,
+        "allowed": allowed,
+        "positions": measured.positions,
+        "sequences": measured.sequences,
+        "shards": len(manifest.shard_rows),
+        "rows": rows,
+    }
 
 
-def _judge(measured: dict[str, Any], folder: Path, manifest: CacheManifest) -> float:
+def _judge(measured: Distance, folder: Path, manifest: CacheManifest) -> float:
     """The distance that is allowed; IntegrityError beyond it."""
     form = "sampled" if manifest.signal == "sampled" else manifest.codec
-    allowed = ALLOWED[form] + min(10 * measured["noise"], NOISE)
+    allowed = ALLOWED[form] + min(10 * measured.noise, NOISE)
     name = "total variation" if form == "sampled" else "KL"
     logger.info(
-        f"teacher now against cache, {measured['positions']:,} positions: {name} {measured['distance']:.2e} (the "
-        f"teacher against itself {measured['noise']:.1e}, allowed {allowed:.1e})"
+        f"teacher now against cache, {measured.positions:,} positions: {name} {measured.distance:.2e} (the "
+        f"teacher against itself {measured.noise:.1e}, allowed {allowed:.1e})"
     )
-    if not measured["distance"] <= allowed:
+    if not measured.distance <= allowed:
         raise IntegrityError(
-            f"{folder} is not what its teacher says: mean {name} {measured['distance']:.3g}, allowed {allowed:.3g}. "
+            f"{folder} is not what its teacher says: mean {name} {measured.distance:.3g}, allowed {allowed:.3g}. "
             f"Remove it to have it captured again."
         )
     return allowed
@@ -96,28 +124,28 @@ def _count(folder: Path, texts: Path, manifest: CacheManifest) -> int:
     return sum(rows)
 
 
-def _belongs(manifest: CacheManifest, of: dict[str, Ref], source: dict[str, Any]) -> None:
+def _require_inputs(manifest: CacheManifest, inputs: dict[str, Ref], tokenizer_hash: str) -> None:
     manifest.require(
-        tokenizer_hash=source["tokenizer_hash"],
+        tokenizer_hash=tokenizer_hash,
         vocab_size=manifest.vocab_size,
-        teacher=of["teacher"].fingerprint,
-        corpus=of["texts"].fingerprint,
+        teacher=inputs["teacher"].fingerprint,
+        corpus=inputs["texts"].fingerprint,
     )
 
 
 def _checked(folder: Path, texts: Path, index: int, manifest: CacheManifest) -> tuple[int, int]:
-    """Rows and tokens of one shard, once each is found to be the corpus's, and every number possible."""
+    """Rows and tokens of one shard. IntegrityError unless its rows are the corpus's and its numbers are possible."""
     name = shards.shard_name(index)
     source = corpus.read_shard(texts / "train" / name)
     for temperature in manifest.readable_temperatures:
-        found = shards.read(folder / name, manifest, temperature)
-        target = found.target
+        rows = shards.read(folder / name, manifest, temperature)
+        target = rows.target
         mass_N = target.logprobs_NK.exp().sum(-1) + target.tail_N
         wrong = {
-            "sample ids": found.sample_ids != source["sample_id"].to_pylist(),
-            "domains": found.domains != source["domain"].to_pylist(),
-            "lengths": not np.array_equal(np.diff(found.first_B1), lengths(source)),
-            "input ids": not np.array_equal(found.input_ids, source["input_ids"].combine_chunks().flatten()),
+            "sample ids": rows.sample_ids != source["sample_id"].to_pylist(),
+            "domains": rows.domains != source["domain"].to_pylist(),
+            "lengths": not np.array_equal(np.diff(rows.first_B1), lengths(source)),
+            "input ids": not np.array_equal(rows.input_ids, source["input_ids"].combine_chunks().flatten()),
             "ids": bool((target.ids_NK < 0).any() or (target.ids_NK >= manifest.vocab_size).any()),
             "probabilities": not bool(torch.isfinite(target.logprobs_NK).all() and (mass_N > 0).all()),
             "repeated ids": _repeats(target),
@@ -138,9 +166,9 @@ def _repeats(target: Target) -> bool:
     return bool((ids_NK.diff(dim=-1) == 0).any())
 
 
-def _live(
+def _ask_again(
     teacher: Path, folder: Path, texts: Path, manifest: CacheManifest, sequences: int, seed: int
-) -> dict[str, Any]:
+) -> Distance:
     """Means over the positions of `sequences` rows and over temperatures, as `verify` defines them."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, manifest.dtype)
     forward = Forward(loading.load(teacher, dtype=dtype, device=device))
@@ -157,7 +185,7 @@ def _live(
         )
         gaps += sum(_gaps(*chunk, manifest) for chunk in chunks)
     distance, noise = (gaps / (len(draw_N) * len(manifest.readable_temperatures))).tolist()
-    return {"distance": distance, "noise": noise, "positions": len(draw_N), "sequences": len(chosen)}
+    return Distance(distance, noise, len(draw_N), len(chosen))
 
 
 def _gaps(
