@@ -180,7 +180,7 @@ def verify(cache: Positional[str], sequences: int = 16, seed: int = 0, scratch: 
     from sparsekd_ray.teacher import verify as verification
 
     store, ref = locate(cache, scratch)
-    return verification.verify(store, ref, sequences, seed)
+    return dict(verification.verify(store, ref, sequences, seed))
 
 
 def show(
@@ -234,7 +234,7 @@ def stats(cache: Positional[str], plot: Path | None = None, scratch: str | None 
     path = plot or Path(f"{name}.png")
     inspect.plot(figures, path, f"{name}: {figures['bytes_per_token']:.1f} bytes per token")
     headline(f"drawn in {path}")
-    return figures
+    return dict(figures)
 
 
 def configs() -> Result:

@@ -125,7 +125,7 @@ def _capture(step: Step, parents: dict[str, Ref], config: Config, store: Store) 
     )
     inputs = {role: ref.key for role, ref in parents.items()}
     seconds = time.monotonic() - started
-    store.commit(step.ref, identity=step.identity, inputs=inputs, metrics=metrics, seconds=seconds)
+    store.commit(step.ref, identity=step.identity, inputs=inputs, metrics=dict(metrics), seconds=seconds)
 
 
 def _train(batch: list[Step], steps: list[Step], config: Config, store: Store, log_queue: Any) -> None:
