@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from sparsekd_ray.commands import COMMANDS
 from sparsekd_ray.config import Prune
 from sparsekd_ray.model.families import FAMILIES
 from sparsekd_ray.model.mlp import layer_count, mlp_weights
@@ -49,6 +51,16 @@ def test_commands_name_files_of_the_repository(document: Path) -> None:
         return
     for name in re.findall(PATH, document.read_text()):
         assert (ROOT / name.rstrip(".")).exists(), f"{document.name} names {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_of_sparsekd_exist(document: Path) -> None:
+    for line in re.findall(r"^sparsekd (.+)$", document.read_text(), flags=re.MULTILINE):
+        command: Any = COMMANDS
+        words = iter(line.split())
+        while isinstance(command, Mapping):
+            command = command[next(words)]
+        assert callable(command), f"{document.name}: sparsekd {line}"
 
 
 def test_the_readme_is_short() -> None:
