@@ -61,11 +61,7 @@ def main(config: Config, command: str, dry_run: bool) -> dict[str, Any]:
         "steps": len(steps),
         "made": len(steps) - len(reused),
         "seconds": round(time.monotonic() - started, 1),
-        "perplexity": {
-            step.name.removeprefix("evaluate "): records[step.name].metrics["paper"]["ppl"]
-            for step in steps
-            if step.kind == "evaluate"
-        },
+        "perplexity": perplexities(steps, records),
     }
 
 
@@ -90,6 +86,14 @@ def check_vocabulary(config: Config) -> None:
 def find(steps: list[Step], store: Store) -> dict[str, Record]:
     """Records of the steps that are done."""
     return {step.name: record for step in steps if (record := store.record(step.ref)) is not None}
+
+
+def perplexities(steps: list[Step], records: dict[str, Record]) -> dict[str, float]:
+    """Of every model that the plan judges, by the paper's protocol."""
+    judged = [step for step in steps if step.kind == "evaluate"]
+    return {
+        step.name.removeprefix("evaluate "): records[step.name].metrics["paper"]["ppl"] for step in judged
+    }
 
 
 def write_run(config: Config, steps: list[Step], store: Store) -> None:

@@ -108,13 +108,10 @@ def run(config: Config, stage: str, plan: Plan, dry_run: bool) -> dict[str, Any]
     headline(f"\n{last.kind:<8} {store.url(last.ref.key)}")
     if last.kind == "export":
         headline(f"load it  {job.load_command(store, last, records[last.name])}")
-    judged = {
-        step.name.removeprefix("evaluate "): records[step.name] for step in plan if step.kind == "evaluate"
-    }
     return result | {
         "seconds": round(time.monotonic() - started, 1),
         "metrics": records[last.name].metrics,
-        "perplexity": {name: record.metrics["paper"]["ppl"] for name, record in judged.items()},
+        "perplexity": job.perplexities(plan, records),
     }
 
 
