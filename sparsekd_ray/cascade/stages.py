@@ -19,6 +19,7 @@ from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
+    from sparsekd_ray.model.card import CardFacts
     from sparsekd_ray.prune.task import Task
 
 MAPPED = ("statistics", "prune")  # kinds of step that give out tasks of their own through a TaskMap
@@ -158,7 +159,7 @@ def _metrics(store: Store, ref: Ref) -> dict[str, Any]:
     return record.metrics
 
 
-def _card_facts(settings: ExportSettings, parents: dict[str, Ref], inputs: dict[str, Path]) -> dict[str, Any]:
+def _card_facts(settings: ExportSettings, parents: dict[str, Ref], inputs: dict[str, Path]) -> CardFacts:
     figures = json.loads((inputs["figures"] / "perplexity.json").read_text())
     dense = json.loads((inputs["dense"] / "perplexity.json").read_text())
     return {

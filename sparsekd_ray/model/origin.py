@@ -53,14 +53,12 @@ def read(directory: Path, hub_id: str | None = None) -> Origin:
             return Origin(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"{path} is unreadable ({error}): remove it, or copy the model again") from error
-    card = _front_matter(directory / CARD)
-    terms = {key: _words(card.get(key)) for key in ("license", "license_name", "license_link")}
-    return Origin(
-        hub_id or _cached_id(directory),
-        terms["license"] or UNKNOWN,
-        terms["license_name"],
-        terms["license_link"],
-    )
+    card, base_model = _front_matter(directory / CARD), hub_id or _cached_id(directory)
+    licenses = _strings(card.get("license")) or [UNKNOWN]
+    name, link = (", ".join(_strings(card.get(key))) or None for key in ("license_name", "license_link"))
+    if len(licenses) > 1:  # the hub's word for what has no identifier
+        return Origin(base_model, "other", name or ", ".join(licenses), link)
+    return Origin(base_model, licenses[0], name, link)
 
 
 def check_license(directory: Path, stated: Origin) -> None:
@@ -120,10 +118,10 @@ def _front_matter(path: Path) -> Mapping[str, object]:
         return {}
 
 
-def _words(value: object) -> str | None:
-    """A metadata value as one string; lists, as some cards have them, joined."""
+def _strings(value: object) -> list[str]:
+    """A metadata value as strings; a single one, a list or nothing."""
     parts = value if isinstance(value, list) else [value]
-    return ", ".join(str(part) for part in parts if part) or None
+    return [str(part) for part in parts if part]
 
 
 def _cached_id(directory: Path) -> str | None:

@@ -1,10 +1,9 @@
-"""Exports: directories that load in a process without this package, and the cards that say what they are."""
+"""Exports: directories that load in a process without this package, in transformers 4 as in 5, from any place."""
 
 import itertools
 import json
+import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,85 +12,23 @@ import torch
 import transformers
 from lines import recorded
 from models import FAMILIES, FORMS, dense_directory, logits, student_of
+from outsider import read_elsewhere
 
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import export, loading, saving, spec
-from sparsekd_ray.prune.methods import named
+from sparsekd_ray.model import export, loading, origin, saving, spec
 
 torch.set_num_threads(1)
 
-OUTSIDER = """
-import importlib.abc, json, os, re, sys
-from pathlib import Path
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "sparsekd_ray":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import sparsekd_ray
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("sparsekd_ray can be imported: this proves nothing")
-
-import torch
-from transformers import AutoModel, AutoModelForCausalLM
-
-torch.set_num_threads(1)
-answer = {}
-for path in map(Path, sys.argv[1:]):
-    os.chdir(path)
-    card = Path("README.md").read_text()
-    code = {"trust_remote_code": True} if path.name == "low-rank" else {}
-    refusal = "none"
-    if code:
-        try:
-            AutoModelForCausalLM.from_pretrained(path)
-        except ValueError as error:
-            refusal = str(error)
-    model = AutoModelForCausalLM.from_pretrained(path, **code)
-    base = AutoModel.from_pretrained(path, **code)
-    exec(re.search("```python\\n(.*?)```", card, re.S)[1], {})
-    ids = torch.arange(20)[None]
-    answer[str(path)] = {
-        "refusal": refusal,
-        "classes": [type(m).__module__ + "." + type(m).__name__ for m in (model, base)],
-        "params": sum(p.numel() for p in model.parameters()),
-        "logits": model(ids).logits.tolist(),
-        "base logits": (base(ids).last_hidden_state @ model.lm_head.weight.T).tolist(),
-        "generated": model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False).tolist(),
-    }
-assert not [name for name in sys.modules if name.startswith("sparsekd_ray")]
-print("ANSWER", json.dumps(answer))
-"""
-
-FIGURES = {
-    p: {
-        "ppl": 12.345,
-        "tokens": 9000,
-        "domains": {"prose": {"ppl": 6.5, "tokens": 9000}},
-        "sentence": f"how {p} is measured",
-    }
-    for p in ("paper", "gptq")
-}
+OLDER = os.environ.get(
+    "SPARSEKD_TRANSFORMERS_4", ""
+)  # from `pip install --target FOLDER transformers==4.57.6`
 
 
-@pytest.fixture
-def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keeps transformers' copies of shipped code out of the user's cache."""
-    cache = tmp_path / "modules"
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
-    monkeypatch.syspath_prepend(cache)
-    return cache
-
-
-def stock_student(family: str, kind: str, path: Path) -> Path:
+def stock_student(family: str, kind: str, path: Path, **more: Any) -> Path:
     """What pruning leaves of a stock model: fewer neurons, fewer layers, or zeros."""
     sizes = {"narrower": {"intermediate_size": 30}, "shallower": {"num_hidden_layers": 2}, "masked": {}}
-    source = dense_directory(path.with_name(f"{path.name}-dense"), family, kind == "narrower", **sizes[kind])
+    tied = kind == "narrower"
+    source = dense_directory(path.with_name(f"{path.name}-dense"), family, tied, **sizes[kind], **more)
     model = loading.load(source)
     if kind == "masked":
         for name in spec.shapes_from_config(model):
@@ -101,143 +38,164 @@ def stock_student(family: str, kind: str, path: Path) -> Path:
     return path
 
 
-def test_exports_load_where_this_package_is_not(
-    module_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exports_load_where_this_package_is_not(tmp_path: Path) -> None:
     """Every form of student × family, tied and untied, as every directory that it is exported as."""
-    facts = {
-        "base_model": "someone/base",
-        "perplexity": FIGURES,
-        "dense_perplexity": FIGURES,
-        "sparsity": 0.5,
-    }
-    meant = {}
+    expected = {}
     for i, form in enumerate(FORMS):
         tokenizer = dense_directory(tmp_path / f"tokens-{form}", form.family, True)
         student, _ = student_of(form, tied=i % 2 == 0)
         saving.save(student, tokenizer, source := tmp_path / f"student-{form}", "card")
-        out, given = tmp_path / f"{form}", facts | {"method": "svd"}
-        with recorded() as said:
-            metrics = export.export(source, out, card_facts=given)
-        assert set(metrics) == {"low-rank", "merged"} and len(said) == 2
+        out = tmp_path / f"{form}"
+        with recorded() as lines:
+            figures = export.export(source, out, card_facts={"sparsity": 0.5, "method": "svd"})
+        assert set(figures) == {"low-rank", "merged"} and len(lines) == 2
         if form.bias:
-            assert "biases" in metrics.pop("merged")["absent"] and not (out / "merged").exists()
-        assert {p.name for p in out.iterdir()} == set(metrics)
-        meant |= {out / name: student for name in metrics}
-        assert max(found["logits_difference"] for found in metrics.values()) <= 1e-5
-        assert metrics["low-rank"]["params"] == loading.count_parameters(student)
+            assert "biases" in str(figures.pop("merged")["absent"]) and not (out / "merged").exists()
+        assert {p.name for p in out.iterdir()} == set(figures)
+        expected |= {out / name: student for name in figures}
+        assert max(float(figure["logits_difference"]) for figure in figures.values()) <= 1e-5
+        assert figures["low-rank"]["params"] == loading.count_parameters(student)
         shutil.rmtree(source)
     for family, kind in itertools.product(FAMILIES, ("narrower", "shallower", "masked")):
         source = stock_student(family, kind, tmp_path / f"student-{family}-{kind}")
         out = tmp_path / f"{family}-{kind}"
-        metrics = export.export(source, out, card_facts=facts)
-        assert set(metrics) == {"stock"} and {p.name for p in out.iterdir()} == {"stock"}
-        meant[out / "stock"] = loading.load(source)
+        figures = export.export(source, out, card_facts={"sparsity": 0.5})
+        assert set(figures) == {"stock"} and {p.name for p in out.iterdir()} == {"stock"}
+        expected[out / "stock"] = loading.load(source)
         shutil.rmtree(source)
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    answer = outsider(tmp_path, list(meant), monkeypatch)
+    check_readings(read_elsewhere(tmp_path, list(expected)), expected)
+
+
+def check_readings(readings: dict[str, dict[str, Any]], expected: dict[Path, Any]) -> None:
+    """Every directory gives the logits, base model and generation of the model that was exported."""
     ids = torch.arange(20)[None]
-    for path, ours in meant.items():
-        found = answer[str(path)]
+    for path, model in expected.items():
+        reading = readings[str(path)]
         low_rank = path.name == "low-rank"
-        assert ("trust_remote_code" in found["refusal"]) == low_rank
-        assert all(name.startswith("transformers_modules.") == low_rank for name in found["classes"])
+        assert ("trust_remote_code" in reading["refusal"]) == low_rank
+        assert all(name.startswith("transformers_modules.") == low_rank for name in reading["classes"])
         counted = spec.total_parameters(path)
-        assert found["params"] == counted and (path.name == "merged" or counted == ours.num_parameters())
+        assert reading["params"] == counted and (path.name == "merged" or counted == model.num_parameters())
         for key in ("logits", "base logits"):
-            torch.testing.assert_close(torch.tensor(found[key]), logits(ours), atol=1e-5, rtol=1e-5)
-        expected = ours.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
-        assert found["generated"] == expected.tolist()
+            torch.testing.assert_close(torch.tensor(reading[key]), logits(model), atol=1e-5, rtol=1e-5)
+        generated = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        assert reading["generated"] == generated.tolist()
 
 
-def outsider(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-    """What a process without this package finds in each directory."""
-    script = tmp_path / "outsider.py"
-    script.write_text(OUTSIDER)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "elsewhere"))
-    done = subprocess.run(
-        [sys.executable, "-I", script, *paths],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.split("ANSWER ")[1])
+LONG_ROPE = {
+    "original_max_position_embeddings": 8,  # both sets of factors are used by 20 tokens and by generation
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0],
+    },
+}  # fmt: skip
+THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}}
 
 
-def test_a_mask_and_its_name_survive_export(module_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not OLDER, reason="SPARSEKD_TRANSFORMERS_4 names no folder with transformers 4.57")
+def test_transformers_4_reads_exports_alike(tmp_path: Path) -> None:
+    expected: dict[Path, Any] = {}
+    for form in FORMS:
+        rope = LONG_ROPE if form.family == "phi3" else LINEAR if form.gauge else THETA
+        tokenizer = dense_directory(tmp_path / f"tokens-{form}", form.family, True)
+        student, _ = student_of(form, **rope)
+        saving.save(student, tokenizer, source := tmp_path / f"student-{form}", "card")
+        figures = export.export(source, out := tmp_path / f"{form}", card_facts={"sparsity": 0.5})
+        expected |= {out / name: student for name, figure in figures.items() if "absent" not in figure}
+    for family, kind in itertools.product(FAMILIES, ("narrower", "shallower")):
+        rope = LONG_ROPE if family == "phi3" else THETA
+        source = stock_student(family, kind, tmp_path / f"student-{family}-{kind}", **rope)
+        export.export(source, out := tmp_path / f"{family}-{kind}", card_facts={"sparsity": 0.5})
+        expected[out / "stock"] = loading.load(source)
+    newer, older = (read_elsewhere(tmp_path, list(expected), packages) for packages in ("", OLDER))
+    check_readings(older, expected)
+    for path in map(str, expected):
+        assert older[path]["version"].startswith("4.") and newer[path]["version"].startswith("5.")
+        torch.testing.assert_close(
+            *(torch.tensor(r[path]["logits"]) for r in (older, newer)), atol=1e-5, rtol=0
+        )
+        assert older[path]["tokens"] == newer[path]["tokens"]
+        assert older[path]["special"] == newer[path]["special"]
+
+
+@pytest.mark.parametrize("name", ["my models (v2)", "Modèle d'été", "phi-1.5", "0 北京"])
+def test_exports_load_from_directories_of_any_name(name: str, tmp_path: Path) -> None:
+    student, _ = student_of(FORMS[0])
+    tokenizer = dense_directory(tmp_path / "tokens", FORMS[0].family, True)
+    saving.save(student, tokenizer, tmp_path / name / "student", "card")
+    export.export(tmp_path / name / "student", tmp_path / name, card_facts={"sparsity": 0.5})
+    path = tmp_path / name / "low-rank"
+    check_readings(read_elsewhere(tmp_path, [path]), {path: student})
+
+
+def test_exporting_needs_no_writable_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", "/proc/nowhere/modules")
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    student, _ = student_of(FORMS[0])
+    tokenizer = dense_directory(tmp_path / "tokens", FORMS[0].family, True)
+    saving.save(student, tokenizer, tmp_path / "student", "card")
+    assert set(export.export(tmp_path / "student", tmp_path / "out", card_facts={"sparsity": 0.5})) == {
+        "low-rank",
+        "merged",
+    }
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"directory /proc/nowhere cannot be written .*: choose another"):
+        export.export(tmp_path / "no student", Path("/proc/nowhere"), card_facts={"sparsity": 0.5})
+
+
+def test_an_export_states_the_licence_of_the_dense_model(tmp_path: Path) -> None:
+    source = dense_directory(tmp_path / "dense", "qwen3", True)
+    (source / "LICENSE").write_text("The small print\n")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# Theirs\n")
+    saving.save(loading.load(source), source, tmp_path / "student", "card")
+    export.export(tmp_path / "student", tmp_path / "out", card_facts={"sparsity": 0.5})
+    assert (tmp_path / "out" / "stock" / "LICENSE").read_text() == "The small print\n"
+    assert "license: mit\n" in (tmp_path / "out" / "stock" / "README.md").read_text()
+    origin.write(origin.Origin("some/one", "cc-by-nd-4.0"), tmp_path / "student")
+    with pytest.raises(ModelError, match="licence of the dense model some/one forbids students"):
+        export.export(tmp_path / "student", tmp_path / "out", card_facts={"sparsity": 0.5})
+
+
+def test_a_mask_and_its_name_survive_export(tmp_path: Path) -> None:
     source = stock_student("phi3", "masked", tmp_path / "student")
     export.export(source, tmp_path / "out", card_facts={"sparsity": 0.5, "method": "wanda"})
-    exported, ours = loading.load(tmp_path / "out" / "stock"), loading.load(source)
+    exported, original = loading.load(tmp_path / "out" / "stock"), loading.load(source)
     assert exported.config.sparsekd_mask == "wanda"
-    assert all(torch.equal(t, exported.state_dict()[name]) for name, t in ours.state_dict().items())
+    assert all(torch.equal(t, exported.state_dict()[name]) for name, t in original.state_dict().items())
     assert "no stock runtime is faster for it" in (tmp_path / "out" / "stock" / "README.md").read_text()
 
 
-def test_card_states_what_the_model_is() -> None:
-    import yaml
-
-    facts = {"sparsity": 0.35, "parameters": 12345, "base_model": "someone/base", "license": "mit"}
-    card = export.model_card({**facts, "perplexity": FIGURES, "dense_perplexity": FIGURES}, "low-rank")
-    _, front, body = card.split("---\n", 2)
-    front = yaml.safe_load(front)
-    assert (
-        front["base_model"] == "someone/base"
-        and front["library_name"] == "transformers"
-        and front["license"] == "mit"
-    )
-    assert "low-rank" in front["tags"]
-    assert "35.0%" in body and "12,345" in body and "trust_remote_code=True" in body
-    assert "| `paper` | prose | 9,000 | 6.50 | 6.50 |" in body and "- `gptq`: how gptq is measured." in body
-    plain = export.model_card({"sparsity": 0.35, "parameters": 1}, "merged")
-    assert "base_model" not in plain and "Perplexity" not in plain and "trust_remote_code" not in plain
-
-
-@pytest.mark.parametrize(
-    ("method", "form", "words"),
-    [
-        (
-            "svd",
-            "low-rank",
-            ["# Low-rank student", "truncated singular value", "35.0% of the dense model's MLP"],
-        ),
-        (
-            "svd-whitened",
-            "merged",
-            ["# Merged student", "metric of their inputs", "dense model's size and speed"],
-        ),
-        ("neurons", "stock", ["# Narrower student", "stand in for", "35.0% of the dense", "needs no code"]),
-        ("sdm", "stock", ["# Narrower student", "SDMPrune", "are gone"]),
-        ("depth", "stock", ["# Shallower student", "whole layers", "are gone"]),
-        ("wanda", "stock", ["# Masked student", "(Wanda)", "are zeros", "no stock runtime is faster for it"]),
-        ("magnitude", "stock", ["# Masked student", "smallest weights", "no stock runtime is faster for it"]),
-        (None, "stock", ["# Stock student", "Pruned by sparsekd-ray, then"]),
-    ],
-)
-def test_card_says_which_method_made_the_student(method: Any, form: Any, words: list[str]) -> None:
-    card = export.model_card({"sparsity": 0.35, "parameters": 1, "method": method}, form)
-    assert all(word in card for word in words)
-    assert ("trust_remote_code" in card) == (form == "low-rank")
-    assert ("faster" in card) == (method in named("masked"))
-    assert method is None or f"- {method}\n" in card
-
-
-def test_card_says_why_there_is_no_merged_form_and_refuses_unknown_methods() -> None:
-    facts = {"sparsity": 0.35, "parameters": 1, "method": "svd-whitened", "biased": True}
-    assert "There is no merged form, because its MLP matrices have biases" in export.model_card(
-        facts, "low-rank"
-    )
-    with pytest.raises(ModelError, match="method 'lottery'; known are svd, svd-whitened, neurons"):
-        export.model_card({**facts, "method": "lottery"}, "low-rank")
-
-
 def test_a_directory_that_is_not_the_student_is_no_export(
-    module_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = stock_student("phi3", "narrower", tmp_path / "student")
     monkeypatch.setattr(saving, "logits_difference", lambda one, other: float("nan"))
     monkeypatch.setattr(saving, "save", lambda model, source, out, card: model.save_pretrained(out))
     with pytest.raises(ModelError, match="does not load as exported"):
         export.export(source, tmp_path / "out", card_facts={"sparsity": 0.5})
+
+
+def test_rotary_settings_have_the_names_of_transformers_4_too(tmp_path: Path) -> None:
+    def written(family: str, **rope: Any) -> dict[str, Any]:
+        source = dense_directory(tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}", family, True, **rope)
+        saving.save(loading.load(source), source, out := source.with_suffix(".out"), "card")
+        return dict(json.loads((out / "config.json").read_text()))
+
+    phi3, qwen3, linear = written("phi3", **LONG_ROPE), written("qwen3", **THETA), written("qwen3", **LINEAR)
+    assert phi3["rope_theta"] == 500.0 and phi3["partial_rotary_factor"] == 0.75
+    assert phi3["rope_scaling"] == {
+        "type": "longrope",
+        "short_factor": [1.0, 1.5, 2.0],
+        "long_factor": [2.0, 3.0, 4.0],
+    }
+    assert qwen3["rope_theta"] == 1e6 and qwen3["rope_scaling"] is None
+    assert linear["rope_theta"] == 1e5 and linear["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_a_config_without_rotary_settings_gets_none() -> None:
+    assert saving.older_rope({"hidden_size": 8}) == {}
+    assert saving.older_rope({"rope_parameters": None}) == {}

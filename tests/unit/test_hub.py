@@ -106,6 +106,11 @@ def test_the_copy_holds_card_licence_and_origin(dense: Path, tmp_path: Path) -> 
     assert (tmp_path / "student" / "Notice.txt").exists()
 
 
+def test_several_licences_are_one_of_no_common_name(dense: Path) -> None:
+    (dense / "README.md").write_text("---\nlicense: [mit, apache-2.0]\nlicense_link: LICENSE\n---\n")
+    assert origin.read(dense) == origin.Origin(None, "other", "mit, apache-2.0", "LICENSE")
+
+
 def test_a_snapshot_in_the_hub_s_cache_has_its_id(dense: Path, tmp_path: Path) -> None:
     cached = tmp_path / "models--some-one--a--model" / "snapshots" / "0123"
     shutil.copytree(dense, cached)
