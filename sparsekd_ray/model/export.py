@@ -40,7 +40,7 @@ def export(source: Path, out: Path, *, card_facts: CardFacts) -> Exported:
     stated = origin.read(source)
     origin.check_license(source, stated)
     model = loading.load(source, dtype="auto")
-    low_rank, biased = spec.is_low_rank(model), spec.mlp_storage(model)[1]
+    low_rank, biased = spec.is_low_rank(model), spec.mlp_storage(model).bias
     variants: dict[Form, PreTrainedModel] = {"low-rank" if low_rank else "stock": model}
     figures: Exported = {}
     if biased:
