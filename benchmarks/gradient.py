@@ -18,7 +18,7 @@ from sparsekd_ray.teacher.signal import Sampled, Target, sampled
 Chunks = Callable[[], Iterable[torch.Tensor]]
 """The same logits at every call, a chunk of positions at a time."""
 Gradient = Callable[[int, Target], torch.Tensor]
-"""Of a loss on one chunk to all weights, in a row."""
+"""Gradient of a loss on one chunk with respect to all weights, flattened."""
 
 
 def samples(chunks: Chunks, threshold: float, temperature: float) -> Iterator[tuple[torch.Tensor, Sampled]]:

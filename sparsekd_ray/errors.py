@@ -2,7 +2,7 @@
 
 
 class SparseKDError(Exception):
-    """Root of every error this package raises on purpose; picklable, since Ray carries it between processes."""
+    """Base of every error that this package raises on purpose. It is picklable: Ray carries it between processes."""
 
 
 class ConfigError(SparseKDError, ValueError):
@@ -22,7 +22,7 @@ class ClusterError(SparseKDError):
 
 
 class StoreError(SparseKDError):
-    """The store cannot be reached, written or read, or somebody else holds what is asked for."""
+    """The store cannot be reached, written or read, or another process holds the run."""
 
 
 class IntegrityError(SparseKDError):

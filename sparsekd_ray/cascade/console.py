@@ -1,4 +1,4 @@
-"""What a run's user sees: a plan before the work, a line when a step starts and ends, and the figure that matters."""
+"""The lines of a run: its plan, one line when a step starts and one when it ends, with the figure that matters."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def plan_text(config: Config, steps: list[Step], records: Records) -> str:
 
 
 def _estimates(config: Config) -> list[str]:
-    """Size, cache and memory per GPU, where the configuration states the model's shape."""
+    """Size, cache and memory per GPU, if the configuration states the model's shape."""
     shape = config.model.shape
     if shape is None:
         return []

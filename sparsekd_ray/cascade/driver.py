@@ -1,4 +1,4 @@
-"""Runs a plan: makes what has no record yet, one stage after the other, and prints what it does.
+"""Runs a plan: makes the artifacts that have no record yet, one stage after the other, and logs each step.
 
 The driver holds no state that matters. What is done is what has a record in the store; a killed driver is replaced by
 submitting the same command again. Stages run as Ray tasks, captures on Ray Data, distillations on Ray Train, as many as
@@ -58,7 +58,7 @@ def run(config: Config, steps: list[Step], store: Store, still_ours: Callable[[]
 
 
 def side_by_side(steps: list[Step], execution: Execution) -> int:
-    """How many workers or actors `steps` need at a time."""
+    """The largest number of workers or actors that `steps` need at one time."""
     counts = {"distill": execution.workers, "cache": execution.actors}
     return max((counts.get(step.kind, 1) for step in steps), default=1)
 
@@ -86,7 +86,7 @@ def next_batch(pending: list[Step], apart: bool = False) -> list[Step]:
 
 
 def _import_ahead() -> None:
-    """Ray Data and Ray Train take seconds to import, which pass unnoticed beside the first stage."""
+    """Imports Ray Data and Ray Train, which takes seconds, while the first stage runs."""
     import sparsekd_ray.distill.trainer
     import sparsekd_ray.teacher.capture  # noqa: F401
 
@@ -160,7 +160,7 @@ def _job(step: Step, steps: list[Step]) -> Any:
 
 
 def _alone(step: Step, steps: list[Step], store: Store, config: Config) -> None:
-    """A step between distillations, on worker 0, with the threads it would have had as a task of its own."""
+    """Runs a step between two distillations on worker 0, with the threads that it would have as a task of its own."""
     import torch
 
     refs = {step.name: step.ref for step in steps}

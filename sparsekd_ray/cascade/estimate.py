@@ -1,4 +1,4 @@
-"""What a run will take, from a model's shape alone: parameters, bytes of cache, memory per GPU.
+"""Estimates of what a run needs, from a model's shape alone: parameters, bytes of cache, memory per GPU.
 
 Pure arithmetic for the plan; nothing is loaded. Memory counts what DeepSpeed keeps per parameter (bf16 weights
 2 bytes, gradients 2, fp32 master and Adam moments 12), ZeRO's communication buckets, the loss's logits, activations.
@@ -28,7 +28,7 @@ class Parameters(NamedTuple):
 
 
 def parameters(shape: Shape) -> Parameters:
-    """Parameters of the matrices; norms and biases, below a thousandth of the whole, are left out."""
+    """Parameters of the matrices. Norms and biases are left out: they are below a thousandth of the whole."""
     embedding = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     head = shape.head_dim or shape.hidden // shape.heads
     attention = 2 * shape.hidden * head * (shape.heads + shape.kv_heads)

@@ -1,4 +1,4 @@
-"""Whether every size that is asked for can be reached: from the shapes of the dense model alone, before any work."""
+"""Checks before any work that every requested size can be reached, from the shapes of the dense model alone."""
 
 from __future__ import annotations
 

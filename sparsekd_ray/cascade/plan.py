@@ -1,4 +1,4 @@
-"""What a cascade consists of: a pure function from settings to steps.
+"""The plan of a cascade: a pure function from settings to steps.
 
 [tokenizer → pretraining text →] dense → corpus → cache(dense) → controls: dense + KD, CE only, KL only
 round: [statistics →] prune(student so far) → distill(on the cache of the round's teacher) → evaluate → export
@@ -58,7 +58,7 @@ def _controls(builder: PlanBuilder, config: Config, seed: int) -> None:
 
 
 def _control_settings(control: Control, settings: Distill) -> Distill:
-    """Dense + KD trains with both terms, the two others with one each."""
+    """Settings of a control. Dense + KD trains with both terms of the loss, the two others with one each."""
     alpha = {"dense+kd": settings.alpha, "ce-only": 0.0, "kl-only": 1.0}[control]
     return settings.model_copy(update={"alpha": alpha})
 
@@ -95,7 +95,7 @@ def _student(
     settings: Distill,
     seed: int,
 ) -> None:
-    """Prune, distill, judge before and after, export."""
+    """Adds one student: prune, distill, evaluate before and after, export."""
     prune(builder, f"{name} pruned", sparsity, source, pruning)
     evaluate(builder, f"{name} pruned")
     cache(builder, teacher)

@@ -1,4 +1,4 @@
-"""All pruning methods at equal sizes: the plan of the comparison, and its table out of the finished records.
+"""All pruning methods at equal sizes: the plan of the comparison, and its table, made from the finished records.
 
 Every student comes from the same dense model, is judged untrained, and where asked for again after the same short
 distillation from the same cache. Calibrated methods are drawn several times, each with another sample of the text.

@@ -70,7 +70,7 @@ def compare(
 
 
 def device(config: Config) -> str:
-    """Where this process measures speeds: a GPU if the run has them and one is here."""
+    """The device on which this process measures speeds: a GPU if the run uses GPUs and this machine has one."""
     import torch
 
     return "cuda" if config.execution.gpus and torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""From a YAML file to settings, with errors that name the file, the key, and the nearest known one."""
+"""Reads settings from a YAML file. Errors name the file, the key, and the nearest known key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole tree, and what its parts demand of one another."""
+"""The whole tree of settings, and the checks across its sections."""
 
 from __future__ import annotations
 

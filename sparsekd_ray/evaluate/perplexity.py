@@ -22,7 +22,7 @@ TOKENS_PER_BATCH = 8192
 
 
 class Window(NamedTuple):
-    """Tokens in a row, of which the last `scored` are judged, each given all that stand before it in the window."""
+    """Consecutive tokens. The last `scored` of them are judged, each given all tokens before it in the window."""
 
     tokens: np.ndarray
     scored: int

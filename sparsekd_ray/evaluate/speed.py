@@ -1,4 +1,4 @@
-"""How fast a model is beside another: prefill and decode, measured in turns, next to what arithmetic and memory allow.
+"""Speed of a model against another: prefill and decode, measured in turns, with the limits of arithmetic and memory.
 
 Prefill is bound by arithmetic: its limit is the ratio of floating-point operations per token (only the last token's
 logits are computed, as a server does). Decoding one sequence is bound by memory: its limit is the ratio of weight bytes
@@ -30,14 +30,14 @@ def flops_per_token(config: Any, context: int) -> float:
 
 
 def bytes_per_token(config: Any, itemsize: int) -> float:
-    """Bytes of weights that decoding one token of one sequence reads: all but an input embedding of its own."""
+    """Bytes of weights that are read to decode one token of one sequence: all but an untied input embedding."""
     values = spec.config_dict(config)
     table = math.prod(spec.sizes(values, "vocab_size", "hidden_size"))
     return itemsize * (spec.total_parameters(values) - (0 if values.get("tie_word_embeddings") else table))
 
 
 def limits(dense: Any, student: Any, context: int) -> dict[str, float]:
-    """How many times faster than `dense` the student can be at most, by operations and by bytes."""
+    """The largest possible speed-up of the student over `dense`, by operations and by bytes."""
     return {
         "prefill_limit": flops_per_token(dense, context) / flops_per_token(student, context),
         "decode_limit": bytes_per_token(dense, 2) / bytes_per_token(student, 2),

@@ -1,4 +1,4 @@
-"""Masked models in training: what is zero stays zero, and whoever saves the result can prove it."""
+"""Masked models in training: weights that are zero stay zero, and a check proves it when the model is saved."""
 
 from collections.abc import Callable
 from typing import Any

@@ -258,7 +258,7 @@ def _tail(sigma_k: np.ndarray, shape: tuple[int, int], task: Task) -> float:
 
 
 def _ordered(shapes: Shapes) -> Shapes:
-    """By layer, and in a layer as in the model."""
+    """Sorted by layer; matrices of a layer keep the model's order."""
     leaves = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
     def place(name: str) -> tuple[int, int]:

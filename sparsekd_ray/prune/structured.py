@@ -29,14 +29,14 @@ MASKED, IMPORTANT = "masked", "important"  # names of published results
 
 
 def by_activations(task: Task, task_map: TaskMap) -> Student:
-    """Removes the neurons missed least from every layer, and refits the others to do their work."""
+    """Removes from every layer the neurons that are missed least, and refits the others to do their work."""
     return narrower(task, task_map, width_of(task))
 
 
 def by_gradients(task: Task, task_map: TaskMap) -> Student:
-    """Removes the neurons of least SDMPrune importance, and refits the others, which the paper does not do."""
+    """Removes the neurons of least SDMPrune importance. Refits the others, which the paper does not do."""
     width = width_of(task)
-    logger.info(f"gradients of {task.calibrate.samples} sequences, twice")
+    logger.info(f"measuring gradients on {task.calibrate.samples} sequences, in two phases")
     ((_, kept),) = task_map(important, [(task, width)])
     return narrower(task, task_map, width, kept)
 
@@ -124,7 +124,7 @@ def layers_to_drop(task: Task) -> list[int]:
 
 def masked(task: Task, task_map: TaskMap, masking: Masking) -> Student:
     """The same shapes with zeros in them. `masking` is a function of a module's top level: it may travel."""
-    logger.info(f"{task.settings.method} masks of every MLP matrix")
+    logger.info(f"masking every MLP matrix by {task.settings.method}")
     for _ in task_map(publish_masked, [(task, masking)]):
         pass
     model, tensors = task.load(), task.published(MASKED, {})
@@ -153,7 +153,7 @@ def magnitude(task: Task, model: PreTrainedModel, share: float) -> PreTrainedMod
 
 
 def share_of(task: Task) -> float:
-    """The share of this model's MLP parameters to go, where sparsity is of the dense model's."""
+    """The share of this model's MLP parameters to remove. `task.sparsity` is a share of the dense model's."""
     return 1 - (1 - task.sparsity) * task.dense_mlp_params / spec.mlp_parameters(task.folder())
 
 

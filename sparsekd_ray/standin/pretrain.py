@@ -60,13 +60,13 @@ NAMES = {"phi3": "Phi-3", "qwen3": "Qwen3"}
 
 
 class Checkpoints(Protocol):
-    """Keeps the checkpoints of a run, and vouches that what it gives back is what it was given."""
+    """Keeps the checkpoints of a run. What it gives back is what it was given."""
 
     def save(self, step: int, folder: Path) -> None:
-        """Takes over a complete folder of plain files; older ones are no longer needed."""
+        """Keeps a complete folder of plain files. Older folders are no longer needed."""
 
     def latest(self) -> Path | None:
-        """The newest folder that was taken over, if there is one."""
+        """The newest kept folder, or None."""
 
 
 def train_tokenizer(documents: Iterable[str], vocab: int, context: int, out: Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def pretrain(
     run = _Run.start(_config(settings, tokens_dir, rows_RL.shape[1]), settings, seed)
     if folder := checkpoints.latest():
         run.restore(folder)
-        logger.info(f"stand-in: goes on after step {run.step} of {settings.steps}")
+        logger.info(f"stand-in: resumes after step {run.step} of {settings.steps}")
     tell = _teller(run, rows_RL.shape[1], settings)
     while run.step < settings.steps:
         started = time.monotonic()
@@ -144,7 +144,7 @@ def pretrain(
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Share of the peak rate in a step: up along a line, then down along one that ends just above zero."""
+    """Share of the peak learning rate at a step. It rises along a line, then falls along one that ends just above 0."""
     rising = max(1, round(WARMUP * steps))
     return min((step + 1) / rising, (steps - step) / max(1, steps - rising))
 
@@ -171,7 +171,7 @@ def _rows(tokens_dir: Path, split: str) -> np.ndarray:
 
 
 def _config(settings: Standin, tokens_dir: Path, context: int) -> StandinConfig:
-    """As many words as the tokenizer really has; the context is the length of the sequences."""
+    """The configuration. Its vocabulary is the tokenizer's, its context the length of the sequences."""
     sizes = f"hidden {settings.hidden}, heads {settings.heads}, kv_heads {settings.kv_heads}"
     if settings.hidden % (2 * settings.heads) or settings.heads % settings.kv_heads:
         raise ModelError(
@@ -199,7 +199,7 @@ def _config(settings: Standin, tokens_dir: Path, context: int) -> StandinConfig:
 
 @dataclass
 class _Run:
-    """All that changes during training, and what a checkpoint holds."""
+    """Everything that changes during training. A checkpoint holds all of it."""
 
     model: StandinModel
     optimisers: dict[str, torch.optim.Optimizer]
@@ -242,7 +242,7 @@ class _Run:
             )
 
     def save(self, folder: Path) -> Path:
-        """Writes `folder`/step-000080, under another name until it is complete."""
+        """Writes `folder`/step-000080. Until it is complete it has another name."""
         done, unfinished = folder / f"step-{self.step:06d}", folder / "unfinished"
         for left_over in (done, unfinished):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -257,7 +257,7 @@ class _Run:
         return unfinished.rename(done)
 
     def restore(self, folder: Path) -> None:
-        """Takes up the state that `save` wrote. IntegrityError if `folder` does not hold it."""
+        """Loads the state that `save` wrote. Raises IntegrityError if `folder` does not hold it."""
         try:
             weights = load_file(folder / "model.safetensors")
             self.model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
@@ -293,7 +293,7 @@ def _matrices(model: StandinModel, settings: Standin) -> list[dict[str, Any]]:
 
 
 def _teller(run: _Run, length: int, settings: Standin) -> Callable[[], None]:
-    """Says where the run is, every few seconds at most."""
+    """Logs the progress of the run, at most every few seconds."""
     last = time.monotonic()
 
     def tell() -> None:
@@ -305,7 +305,7 @@ def _teller(run: _Run, length: int, settings: Standin) -> Callable[[], None]:
         left = run.seconds / run.step * (settings.steps - run.step)
         logger.info(
             f"stand-in: step {run.step}/{settings.steps}  loss {run.losses[-1]:.2f}  {speed:,.0f} tokens/s  "
-            f"{left:.0f} s to go"
+            f"{left:.0f} s left"
         )
 
     return tell

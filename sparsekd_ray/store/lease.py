@@ -98,7 +98,7 @@ def _watch(lease: Lease, found: dict[str, Any]) -> None:
         raise _held_by(lease, found)
     seconds = lease.ttl / 3 if silent > lease.ttl else lease.ttl  # a heartbeat comes every ttl / 4
     logger.warning(
-        f"{found.get('holder', 'somebody')} held {lease.key}: watching for {seconds:.0f} s if it is alive"
+        f"{found.get('holder', 'somebody')} holds {lease.key}: watching for {seconds:.0f} s whether it is alive"
     )
     until = time.monotonic() + seconds
     while time.monotonic() < until:
