@@ -222,7 +222,10 @@ def _hardware(config: Config) -> str:
 
 
 def open_store(config: Config) -> Store:
-    """The run's store; refuses a relative path in a submitted job, whose working directory is a temporary copy."""
+    """The run's store, once it answers and is of this version.
+
+    A relative path is refused in a submitted job, whose working directory is a temporary copy.
+    """
     root = config.execution.store
     local = "://" not in root and not root.startswith(("/", "~"))
     if (
@@ -236,4 +239,6 @@ def open_store(config: Config) -> Store:
             f"execution.store is {root!r}, relative to the temporary directory of a submitted job: give an absolute "
             "path that every node sees, or s3://bucket/prefix"
         )
-    return Store(root, config.execution.scratch)
+    store = Store(root, config.execution.scratch)
+    store.check_version()
+    return store

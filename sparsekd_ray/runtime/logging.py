@@ -44,7 +44,8 @@ class Console(logging.Handler):
             if now - self.printed < SECONDS_BETWEEN_PROGRESS_LINES:
                 return
             text = f"      {text}"
-        print(text, flush=True)
+        with suppress(BrokenPipeError):  # whoever read the lines has gone; the run goes on
+            print(text, flush=True)
         self.printed = now
 
 
@@ -72,8 +73,17 @@ def forwarding(queue: Any) -> Iterator[None]:
         PACKAGE.setLevel(level)
 
 
-class _Relay(logging.handlers.QueueListener):
+class Relay(logging.handlers.QueueListener):
     """Hands the records of other processes to the loggers that they name, as if they were logged here."""
+
+    def dequeue(self, block: bool) -> Any:
+        from ray.exceptions import RayError
+
+        try:
+            return super().dequeue(block)
+        except RayError as error:  # a run does not end because its log lines do
+            PACKAGE.warning(f"lines of other processes are no longer shown: {type(error).__name__}")
+            return None  # what ends the listener
 
     def handle(self, record: logging.LogRecord) -> None:
         logging.getLogger(record.name).handle(record)
@@ -86,15 +96,16 @@ def listening() -> Iterator[Any]:
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # the driver's node: another one may go
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    listener = _Relay(queue)
+    # on the driver's node, since another one may go; a queue whose process dies is started again, empty
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    survives = {"max_restarts": -1, "max_task_retries": -1}
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node, **survives})
+    listener = Relay(queue)
     listener.start()
     try:
         yield queue
     finally:
         with suppress(ray.exceptions.RayError):
-            listener.stop()  # prints what has arrived first
+            listener.stop()  # after all that has arrived
         if ray.is_initialized():
             queue.shutdown(force=True)

@@ -31,6 +31,7 @@ from typing import Any
 from filelock import FileLock
 
 from sparsekd_ray.errors import IntegrityError, StoreError
+from sparsekd_ray.store import version
 from sparsekd_ray.store.files import Files, disk_full
 from sparsekd_ray.store.lease import Lease, held
 from sparsekd_ray.store.record import Record, Ref, StoredFile, installed_versions, parse_object
@@ -48,6 +49,10 @@ class Store(Files):
     StoreError: the store cannot be reached or written. IntegrityError: a file is not what it should be;
     it names the file, what was expected and found, and what to remove to have it built again.
     """
+
+    def check_version(self) -> None:
+        """StoreError, within seconds, if the store does not answer or was written by another version."""
+        version.check(self)
 
     def record(self, ref: Ref) -> Record | None:
         """The artifact's record; None if the artifact does not exist."""
@@ -186,6 +191,7 @@ class Store(Files):
         )
         text = record.to_json()
         record = Record.from_json(text, ref)  # as it will be read
+        version.stamp(self)
         self.write_text(f"{ref.key}/{RECORD}", text)
         # A kill from here on leaves behind what no record lists: disk space, never a wrong answer.
         self.delete(f"{ref.key}/{PROMISES}")
@@ -243,7 +249,9 @@ def locate(artifact: str, scratch: str | None = None) -> tuple[Store, Ref]:
     remote = artifact.startswith("s3://")
     root, found, rest = (artifact if remote else str(Path(artifact).absolute())).rpartition("/artifacts/")
     ref = Ref.from_key(f"artifacts/{rest}" if found else artifact)
-    return Store(root, scratch), ref
+    store = Store(root, scratch)
+    store.check_version()
+    return store, ref
 
 
 def describe(path: Path) -> StoredFile:

@@ -89,6 +89,15 @@ class Files:
             except FileNotFoundError:
                 return None
 
+    def read_hastily(self, key: str) -> bytes | None:
+        """As `read_bytes`, but a server that is silent ends it within about ten seconds instead of minutes."""
+        with self.explaining(f"reading {key}"):
+            files = s3.client(hasty=True) if self.remote else self._files
+            try:
+                return bytes(files.cat_file(self._path(key)))
+            except FileNotFoundError:
+                return None
+
     def read_text(self, key: str) -> str | None:
         data = self.read_bytes(key)
         return None if data is None else data.decode()

@@ -212,3 +212,22 @@ def test_a_table_has_a_column_for_each_name_and_a_dash_for_what_is_missing(capsy
     cli.table([{"a": 1234567, "b": 0.123456}, {"a": None, "c": "text"}])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [["a", "b", "c"], ["1,234,567", "0.1235", "–"], ["–", "–", "text"]]
+
+
+def test_a_store_of_the_first_version_is_refused_before_any_work(tmp_path):
+    record = tmp_path / "artifacts/corpus/old-0123456789ab/record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    for more in ([], ["--dry-run"]):
+        found = run("--execution.store", str(tmp_path), *more)
+        assert found.returncode == 1 and "has format 1" in found.stderr and "Traceback" not in found.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [record]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--dry-run"], ["--distill.alpha", "3"], ["--config", "é.yaml"]], ids=" ".join
+)
+def test_output_that_takes_only_ascii_ends_no_command(arguments, tmp_path):
+    found = run(*arguments, "--execution.store", str(tmp_path), PYTHONIOENCODING="ascii")
+    assert "Traceback" not in found.stderr and (found.stdout + found.stderr).isascii()
+    assert (found.returncode == 0) == (arguments[0] in ("--help", "--dry-run"))

@@ -22,7 +22,7 @@ from lines import recorded
 
 from benchmarks.s3_server import S3Server
 from sparsekd_ray.errors import ConfigError, IntegrityError, StoreError
-from sparsekd_ray.store import Record, Ref, Store, files, s3
+from sparsekd_ray.store import Record, Ref, Store, files, locate, s3, version
 from sparsekd_ray.store.artifacts import _promise
 from sparsekd_ray.store.record import StoredFile
 
@@ -198,6 +198,34 @@ def test_damaged_record_is_an_error(tmp_path: Path, text: str) -> None:
     store.write_text(f"{REF.key}/record.json", text)
     with pytest.raises(IntegrityError, match=r"record\.json"):
         store.fetch(REF)
+
+
+def test_a_store_says_its_version(store: Store) -> None:
+    store.check_version()
+    assert store.find("") == [], "nothing is written before the first artifact"
+    build(store)
+    assert json.loads(store.read_text("store.json") or "") == {"format": version.FORMAT}
+    elsewhere(store).check_version()
+
+
+@pytest.mark.parametrize("text", [None, '{"format": 1}', '{"format": 99}', "[]"])
+def test_a_store_of_another_version_is_refused_in_one_line(store: Store, text: str | None) -> None:
+    build(store)
+    store.delete("store.json")
+    if text is not None:
+        store.write_text("store.json", text)
+    before = {key: store.read_bytes(key) for key in store.find("")}
+    for attempt in (store.check_version, lambda: locate(store.url(REF.key), store.scratch)):
+        with pytest.raises(StoreError, match=r"has format .*Give another --execution\.store") as caught:
+            attempt()
+    assert len(str(caught.value).splitlines()) == 1 and store.root in str(caught.value)
+    assert {key: store.read_bytes(key) for key in store.find("")} == before
+
+
+def test_a_build_that_was_killed_in_a_new_store_is_no_old_version(store: Store) -> None:
+    (store.workdir(REF) / "shard").write_text("x")
+    store.publish(REF, "shard")
+    elsewhere(store).check_version()
 
 
 # What a build keeps before it is finished.
