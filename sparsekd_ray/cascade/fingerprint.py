@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 # raised when a stage's code changes what it computes, so that older artifacts are not taken for new ones
 VERSIONS = {
-    "tokenizer": 1,
-    "corpus": 2,
+    "tokenizer": 2,
+    "corpus": 3,
     "dense": 2,
     "cache": 2,
     "statistics": 1,

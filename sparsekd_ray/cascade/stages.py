@@ -50,7 +50,7 @@ def _made(step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: boo
             from sparsekd_ray import corpus
             from sparsekd_ray.standin import pretrain
 
-            documents = corpus.train_documents(texts.sources, step.seed, texts.held_out)
+            documents = corpus.train_documents(texts, step.seed)
             return pretrain.train_tokenizer(documents, standin.vocab, texts.seq_len, out)
         case Corpus() as settings:
             from sparsekd_ray import corpus

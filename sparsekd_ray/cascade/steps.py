@@ -129,14 +129,17 @@ def _corpus(builder: PlanBuilder, identify: Identify, tokenizer: str) -> None:
 
 
 def _standin(builder: PlanBuilder, config: Config, standin: Standin, identify: Identify) -> None:
-    """The calibration text comes before the training, so that a source that is too small is found before the work."""
+    """The calibration text comes before the training, so that a source that is too small is found before the work.
+
+    What the calibration mix is judged by is excluded from the text of the stand-in and of its tokenizer.
+    """
     sources = standin.sources or tuple(s for s in config.corpus.sources if s.name not in standin.unseen)
     texts = config.corpus.model_copy(
         update={
             "sources": sources,
             "samples": standin.steps * standin.batch,
             "valid_samples": 32,
-            "test_samples": 32,
+            "exclude": (*config.corpus.sources, *config.corpus.exclude),
         }
     )
     builder.add(
@@ -243,8 +246,11 @@ def export(builder: PlanBuilder, model: str, sparsity: float, method: str) -> No
 
 
 def _corpus_identity(texts: Corpus, identify: Identify, seed: int) -> dict[str, Any]:
-    sources = [identify(source) | {"name": source.name, "weight": source.weight} for source in texts.sources]
-    return _values(texts, "sources") | {"sources": sources, "seed": seed}
+    sources = {
+        field: [identify(source) | {"name": source.name, "weight": source.weight} for source in group]
+        for field, group in (("sources", texts.sources), ("exclude", texts.exclude))
+    }
+    return _values(texts, "sources", "exclude") | sources | {"seed": seed}
 
 
 def _values(settings: Settings, *without: str) -> dict[str, Any]:

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparsekd_ray.config.base import Fraction, Positive, Settings
+
+RESERVED = ("all", "train", "valid", "test")  # what reports call all domains together, and the splits
 
 
 class Source(Settings):
     """One stream of documents of one domain."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_+-]*$")
-    """The domain's name, as reports print it."""
+    """The domain's name, as reports print it; not `all`, `train`, `valid` or `test`, which they use themselves."""
     path: str
     """`embedded:docstrings|manual|code|arithmetic`, `hf://owner/dataset[/config]` (streamed from the hub), or any
-    fsspec URL or local path (globs allowed) of .parquet, .jsonl or .txt files."""
+    fsspec URL or local path of .parquet, .jsonl or .txt files. A glob draws from all files that it matches, in
+    proportion to their sizes; a wildcard matches no hidden file."""
     weight: float = Field(1.0, gt=0)
     """Share of the training samples, relative to the other sources."""
     text: str = "{text}"
-    """How a row becomes a document: a template over the row's columns."""
+    """How a row becomes a document: a template over the row's columns, which hold text or numbers."""
+    join: bool | None = None
+    """Whether the rows are lines of one text (WikiText on the hub): they are joined in their order, and the text is cut
+    into documents at its top-level headings, or else at blank lines. False: every row is a document. Unset: true for
+    .txt files, false for others, which are refused where a fifth of their rows are blank."""
     split: str = "train"
     """Split of a hub data set that training documents come from."""
     test: str | None = None
-    """Held-out documents from elsewhere: a path like `path`, or for the hub a split's name. Without it, documents of
-    `path` are held out by a hash of their text."""
+    """Test documents from elsewhere: a path like `path`, or for the hub a split's name. Without it, documents of `path`
+    are held out by a hash of their text. Either way, no training text repeats them (see `corpus.exclude`)."""
     revision: str | None = None
     """Hub data set revision (commit); part of the identity."""
     repeat: bool = False
     """Read the documents again from the start when the source is smaller than its share; an error otherwise."""
+
+    @field_validator("name")
+    @classmethod
+    def _free(cls, name: str) -> str:
+        if name in RESERVED:
+            raise ValueError(
+                f"{name!r} is a word of the reports ({', '.join(RESERVED)} are); choose another name"
+            )
+        return name
 
 
 class Corpus(Settings):
@@ -41,9 +57,15 @@ class Corpus(Settings):
     test_samples: Positive = 256
     """Held-out sequences for the reported figures, over all sources (at most)."""
     seq_len: int = Field(128, ge=2)
-    """Tokens per sequence; documents of one domain are joined by the end-of-text token and cut."""
+    """Tokens per sequence; documents of one domain are joined by the separator and cut. At most the model's context."""
+    separator: str | None = None
+    """Token after each document, for example `<|endoftext|>`. Unset: the tokenizer's end-of-text token; where its
+    end token ends a chat turn (`<|im_end|>`), the one that ends a text."""
     held_out: Fraction = 0.06
     """Share of the documents of each source that is kept from training, half of it for validation, half for test."""
+    exclude: tuple[Source, ...] = ()
+    """More sources whose test documents no training text may repeat, besides those of `sources`: a benchmark to be
+    run later (`{name: bench, path: bench.jsonl, test: bench.jsonl}`)."""
     shard_rows: Positive = 128
     """Sequences per Parquet shard: the unit of capture and of resumption."""
 

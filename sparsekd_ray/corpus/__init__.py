@@ -1,26 +1,33 @@
-"""Text sources → packed token shards with stable sample ids, domains, and a held-out split by document.
+"""Text sources → packed token shards with stable sample ids, domains, and test text that no training text repeats.
 
-`sources` and `rows` read documents from anywhere, `splits` decides their side, `build` packs their tokens,
-`shards` is the form on disk.
+`sources` reads documents from anywhere (`matching`, `files`, `template`, `documents`, `embedded`). `held_out` sets test
+documents aside and leaves out what repeats them (`splits`, `overlap`). `build` packs their tokens (`tokens`, `packing`)
+into `shards`, and keeps the raw `test_text`. `identity` is asked before any work.
 """
 
 from sparsekd_ray.corpus.build import build
+from sparsekd_ray.corpus.documents import Document
+from sparsekd_ray.corpus.held_out import train_documents
+from sparsekd_ray.corpus.identity import check_readable, identify
 from sparsekd_ray.corpus.shards import (
     MANIFEST,
+    Manifest,
     domain_streams,
     read_manifest,
     read_rows,
     read_shard,
-    tokenizer_hash,
 )
-from sparsekd_ray.corpus.sources import documents, identify
-from sparsekd_ray.corpus.splits import side, train_documents
-from sparsekd_ray.corpus.test_text import Document, read_test_text
+from sparsekd_ray.corpus.sources import documents
+from sparsekd_ray.corpus.splits import side
+from sparsekd_ray.corpus.test_text import read_test_text
+from sparsekd_ray.corpus.tokens import tokenizer_hash
 
 __all__ = [
     "MANIFEST",
     "Document",
+    "Manifest",
     "build",
+    "check_readable",
     "documents",
     "domain_streams",
     "identify",

@@ -1,230 +1,198 @@
 """The corpus stage: documents → splits → packed rows of tokens.
 
-Inside one domain and split, documents are joined, each followed by the end-of-text token, and cut into rows
-of `seq_len` tokens. Training takes whole documents, and so does a test set from elsewhere (`source.test`), in
+The test documents of all sources are set aside first. Training and validation then take the documents that do not
+repeat them (`overlap`). Inside one domain and split, documents are joined, each followed by the separator, and cut into
+rows of `seq_len` tokens. Training takes whole documents, and so does a test set from elsewhere (`source.test`), in
 its own order. A document held out here gives at most a quarter of its split's rows, from its middle: no long
 one is a domain's whole test. What fills no row is dropped, and counted.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from sparsekd_ray.config import Corpus, Source
-from sparsekd_ray.corpus.shards import MANIFEST, domain_table, tokenizer_hash, write_shards
-from sparsekd_ray.corpus.sources import documents, test_source
-from sparsekd_ray.corpus.splits import SPLITS, digest, quotas, with_split
-from sparsekd_ray.corpus.test_text import Document, write_test_text
-from sparsekd_ray.errors import CorpusError, ModelError
+from sparsekd_ray.corpus.held_out import LeftOut, SetAside, longest, set_aside, split_documents, test_index
+from sparsekd_ray.corpus.overlap import TestIndex
+from sparsekd_ray.corpus.packing import Packer, fill, teller
+from sparsekd_ray.corpus.shards import MANIFEST, Manifest, domain_table, write_shards
+from sparsekd_ray.corpus.sources import Tally
+from sparsekd_ray.corpus.splits import SPLITS, quotas
+from sparsekd_ray.corpus.test_text import write_test_text
+from sparsekd_ray.corpus.tokens import Encoder, check_context, load_encoder, tokenizer_hash
+from sparsekd_ray.errors import CorpusError
 from sparsekd_ray.model import tokenizer as model_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
-PASSAGE = 0.25  # of a held-out split's rows, from one document
-BATCH = 64  # documents tokenised together
-SAY_SECONDS = 5.0
-Encode = Callable[[list[str]], list[np.ndarray]]
+FEW = 5  # documents: so few cannot be dealt to three splits
+MUCH = 0.1  # share of a source's text from which it is worth a warning that it was left out
 
 
 @dataclass
-class Packer:
-    """The rows of one domain and split: documents are taken in until `quota` rows are full."""
+class Domain:
+    """One source on its way into rows."""
 
-    quota: int
-    seq_len: int
-    longest: int
-    """Tokens that one document may give."""
-    keep_text: bool = False
-    tokens: int = 0
-    left_out: int = 0
-    documents: int = 0
-    pieces: list[np.ndarray] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-
-    @property
-    def full(self) -> bool:
-        return self.tokens >= self.quota * self.seq_len
-
-    @property
-    def count(self) -> int:
-        return min(self.quota, self.tokens // self.seq_len)
-
-    @property
-    def dropped(self) -> int:
-        return self.left_out + self.tokens - self.count * self.seq_len
-
-    def add(self, text: str, ids: np.ndarray) -> None:
-        """Takes in one document, which ends with the end-of-text token."""
-        if self.full:
-            return
-        kept = _passage(ids, self.longest)
-        self.pieces.append(kept)
-        self.tokens += len(kept)
-        self.left_out += len(ids) - len(kept)
-        self.documents += 1
-        if self.keep_text:
-            self.texts.append(text)
-
-    def rows(self) -> np.ndarray:
-        """int32 [count, seq_len]."""
-        kept = np.concatenate(self.pieces)[: self.count * self.seq_len]
-        return kept.reshape(self.count, self.seq_len)
+    source: Source
+    packers: dict[str, Packer]
+    test: SetAside
+    left_out: LeftOut = field(default_factory=LeftOut)
+    tally: Tally = field(default_factory=Tally)
 
 
-def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int) -> dict[str, Any]:
+def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int) -> Manifest:
     """Writes the corpus artifact into `out` and returns its manifest (rows, tokens, documents, and so on).
 
     Each source gives its share of `samples`, `valid_samples` and `test_samples`, by weight. `CorpusError`
     where a source gives too little for training, or nothing for validation or test.
     """
-    shares, tokenizer = quotas(corpus), _tokenizer(tokenizer_dir)
-    encode = _encoder(tokenizer)
-    packed = {s.name: _pack(s, shares[s.name], encode, corpus, seed) for s in corpus.sources}
-    for split in SPLITS:
-        tables = [domain_table(name, split, packers[split].rows()) for name, packers in packed.items()]
-        table = pa.concat_tables(tables).combine_chunks()
-        if split == "train":
-            table = table.take(np.random.default_rng(seed).permutation(table.num_rows))
-        write_shards(table, out / split, corpus.shard_rows)
-    for name, packers in packed.items():
-        write_test_text(out, name, (Document((text,), text) for text in packers["test"].texts))
+    rows = quotas(corpus)
+    check_context(tokenizer_dir, corpus.seq_len)
+    encoder = load_encoder(tokenizer_dir, corpus.separator)
+    tests = set_aside(corpus.sources, corpus, seed)
+    index = test_index(corpus, tests, seed)
+    domains = [
+        _domain(source, rows[source.name], corpus.seq_len, tests[source.name]) for source in corpus.sources
+    ]
+    for domain in domains:
+        _pack(domain, encoder, corpus, index, seed)
+    _write_rows(domains, out, corpus.shard_rows, seed)
+    for domain in domains:
+        _write_test_text(domain, out)
     model_tokenizer.save(tokenizer_dir, out / "tokenizer")
-    manifest = _manifest(corpus, tokenizer, packed)
+    manifest = _manifest(corpus, encoder, domains)
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
-def _pack(
-    source: Source, quota: dict[str, int], encode: Encode, corpus: Corpus, seed: int
-) -> dict[str, Packer]:
+def _domain(source: Source, quota: dict[str, int], seq_len: int, test: SetAside) -> Domain:
+    whole = {"train", "test"} if source.test is not None else {"train"}
+    packers = {
+        split: Packer(rows, seq_len, sys.maxsize if split in whole else longest(rows, seq_len))
+        for split, rows in quota.items()
+    }
+    return Domain(source, packers, test)
+
+
+def _pack(domain: Domain, encoder: Encoder, corpus: Corpus, index: TestIndex, seed: int) -> None:
     """Reads one source until every split has its rows, or the source ends."""
-    others = test_source(source)
-    whole = {"train", "test"} if others else {"train"}
-    packers = {split: _packer(rows, corpus.seq_len, split in whole) for split, rows in quota.items()}
-    packers["test"].keep_text = True
-    test, train = packers["test"], packers["train"]
-    here, tell, tests = packers, _teller(source.name, packers), frozenset[bytes]()
-    if others:
-        seen: list[bytes] = []
-        _fill({"test": test}, _noted(documents(others, None), seen), encode, tell)
-        here, tests = {"train": train, "valid": packers["valid"]}, frozenset(seen[: test.documents])
-    _fill(here, with_split(source, seed, corpus.held_out, tests), encode, tell)
+    source, packers = domain.source, domain.packers
+    tell, train = teller(source.name, packers), packers["train"]
+    fill({"test": packers["test"]}, (("test", document) for document in domain.test.documents), encoder, tell)
+    learned = {"train": train, "valid": packers["valid"]}
+    fill(learned, split_documents(source, corpus, seed, index, domain.left_out, domain.tally), encoder, tell)
     while source.repeat and train.count and not train.full:
-        _fill({"train": train}, with_split(source, seed, corpus.held_out, tests), encode, tell)
-    _check(source, packers)
-    return packers
+        fill({"train": train}, split_documents(source, corpus, seed, index), encoder, tell)
+    _check(domain)
+    _warn(domain)
 
 
-def _packer(rows: int, seq_len: int, whole: bool) -> Packer:
-    return Packer(rows, seq_len, longest=sys.maxsize if whole else max(1, int(rows * PASSAGE)) * seq_len)
-
-
-def _passage(ids: np.ndarray, longest: int) -> np.ndarray:
-    """The middle of a document that is too long, with its end-of-text token."""
-    if len(ids) <= longest:
-        return ids
-    start = (len(ids) - longest) // 2
-    return np.append(ids[start : start + longest - 1], ids[-1])
-
-
-def _fill(
-    packers: dict[str, Packer], stream: Iterator[tuple[str, str]], encode: Encode, tell: Callable[[], None]
-) -> None:
-    """Tokenises (split, document) into `packers` until all are full or the stream ends."""
-    while not all(packer.full for packer in packers.values()):
-        batch = list(itertools.islice(stream, BATCH))
-        if not batch:
-            return
-        wanted = [(packers[s], text) for s, text in batch if s in packers and not packers[s].full]
-        for (packer, text), ids in zip(wanted, encode([text for _, text in wanted]), strict=True):
-            packer.add(text, ids)
-        tell()
-
-
-def _noted(texts: Iterable[str], seen: list[bytes]) -> Iterator[tuple[str, str]]:
-    """Test documents from elsewhere, remembered so that training leaves them out."""
-    for text in texts:
-        seen.append(digest(text))
-        yield "test", text
-
-
-def _check(source: Source, packers: dict[str, Packer]) -> None:
-    where, train = f"corpus source {source.name} ({source.path})", packers["train"]
-    if not any(packer.documents for packer in packers.values()):
-        raise CorpusError(f"{where} is empty: it holds no document with text")
+def _check(domain: Domain) -> None:
+    source, packers, train = domain.source, domain.packers, domain.packers["train"]
+    where = f"corpus source {source.name} ({source.path})"
+    if not domain.left_out.read_characters and not domain.test.documents:
+        raise CorpusError(f"{where} is empty: it holds no document with text{_empty_rows(domain)}")
     if train.count < train.quota:
         again = ", or set repeat: true" if train.count and not source.repeat else ""
         raise CorpusError(
             f"{where} is too small: found {train.tokens} training tokens, {train.count} sequences of "
-            f"{train.seq_len}, but {train.quota} asked for. Lower corpus.samples or its weight{again}"
+            f"{train.seq_len}, but {train.quota} asked for{_cause(domain)}. Lower corpus.samples or its weight{again}"
         )
     if empty := [split for split in ("valid", "test") if not packers[split].count]:
         instead = "" if source.test else ", or give test documents (source.test)"
         raise CorpusError(
             f"{where}: the documents held out for {' and '.join(empty)} fill no sequence of {train.seq_len} "
-            f"tokens. Raise corpus.held_out{instead}"
+            f"tokens{_cause(domain)}. Raise corpus.held_out{instead}"
         )
 
 
-def _teller(name: str, packers: dict[str, Packer]) -> Callable[[], None]:
-    """Says how far a source is, every few seconds at most."""
-    last = time.monotonic()
-
-    def tell() -> None:
-        nonlocal last
-        if time.monotonic() - last >= SAY_SECONDS:
-            last = time.monotonic()
-            counts = ", ".join(f"{split} {packer.count}/{packer.quota}" for split, packer in packers.items())
-            logger.info(f"corpus {name}: {counts} sequences")
-
-    return tell
+def _cause(domain: Domain) -> str:
+    """What may have made a source smaller than its user thinks."""
+    left_out = domain.left_out
+    causes = [_few_documents(domain), _empty_rows(domain).removeprefix(", ")]
+    if left_out.documents:
+        causes.append(f"{left_out.documents} documents repeat test text and were left out")
+    known = "; ".join(filter(None, causes))
+    return f" ({known})" if known else ""
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    tokenizer = model_tokenizer.load(directory)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{directory}: the tokenizer has no end-of-text token to separate documents with")
-    return tokenizer
+def _few_documents(domain: Domain) -> str:
+    """A text without blank lines is one document, which falls to one side whatever the settings are."""
+    read = sum(packer.documents for packer in domain.packers.values()) + domain.left_out.documents
+    if read > FEW:
+        return ""
+    count = "one document" if read == 1 else f"only {read} documents"
+    if domain.source.path.endswith(".txt") and domain.source.join is not False:
+        return (
+            f"it is {count}, since a .txt is cut at its blank lines: put blank lines between documents, or set "
+            "join: false if each line is a document"
+        )
+    return f"it is {count}"
 
 
-def _encoder(tokenizer: Any) -> Encode:
-    """Texts → int32 tokens of each, followed by the end-of-text token."""
-    end = [tokenizer.eos_token_id]
-
-    def encode(texts: list[str]) -> list[np.ndarray]:
-        if not texts:
-            return []
-        tokens = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [np.array(ids + end, dtype=np.int32) for ids in tokens["input_ids"]]
-
-    return encode
+def _empty_rows(domain: Domain) -> str:
+    count = domain.tally.empty_rows
+    return f", {count} rows have nothing in a column of source.text" if count else ""
 
 
-def _manifest(corpus: Corpus, tokenizer: Any, packed: dict[str, dict[str, Packer]]) -> dict[str, Any]:
+def _warn(domain: Domain) -> None:
+    left_out, name = domain.left_out, domain.source.name
+    if left_out.characters > MUCH * left_out.read_characters:
+        logger.warning(
+            f"corpus {name}: {left_out.documents} documents, {_share(left_out):.0%} of its text, repeat test text and "
+            "were kept out of training. Is the test text a part of the training text?"
+        )
+    if domain.tally.empty_rows:
+        logger.info(f"corpus {name}: left out{_empty_rows(domain).removeprefix(',')}")
+
+
+def _share(left_out: LeftOut) -> float:
+    return left_out.characters / max(1, left_out.read_characters)
+
+
+def _write_rows(domains: list[Domain], out: Path, shard_rows: int, seed: int) -> None:
+    for split in SPLITS:
+        tables = [domain_table(d.source.name, split, d.packers[split].rows()) for d in domains]
+        table = pa.concat_tables(tables).combine_chunks()
+        if split == "train":
+            table = table.take(np.random.default_rng(seed).permutation(table.num_rows))
+        write_shards(table, out / split, shard_rows)
+
+
+def _write_test_text(domain: Domain, out: Path) -> None:
+    """All test documents where they are a set of their own, else those that the rows are made of."""
+    test = domain.test
+    kept = test.documents if test.complete else test.documents[: domain.packers["test"].documents]
+    write_test_text(out, domain.source.name, kept)
+
+
+def _manifest(corpus: Corpus, encoder: Encoder, domains: list[Domain]) -> Manifest:
     def by_split(figure: Callable[[Packer], int]) -> dict[str, dict[str, int]]:
-        return {s: {name: figure(packers[s]) for name, packers in packed.items()} for s in SPLITS}
+        return {s: {d.source.name: figure(d.packers[s]) for d in domains} for s in SPLITS}
 
     return {
         "seq_len": corpus.seq_len,
-        "vocab_size": len(tokenizer),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "vocab_size": len(encoder.tokenizer),
+        "tokenizer_hash": tokenizer_hash(encoder.tokenizer),
+        "separator": encoder.token(encoder.separator),
+        "beginning": encoder.token(encoder.beginning),
         "shard_rows": corpus.shard_rows,
         "rows": by_split(lambda packer: packer.count),
         "tokens": by_split(lambda packer: packer.count * packer.seq_len),
         "dropped_tokens": by_split(lambda packer: packer.dropped),
         "documents": by_split(lambda packer: packer.documents),
+        "whole_test": {d.source.name: d.test.complete for d in domains},
+        "repeats_test": {
+            d.source.name: {"documents": d.left_out.documents, "share": round(_share(d.left_out), 6)}
+            for d in domains
+        },
+        "empty_rows": {d.source.name: d.tally.empty_rows for d in domains},
     }

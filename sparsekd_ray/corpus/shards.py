@@ -7,22 +7,54 @@ settings give equal files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from sparsekd_ray.errors import CorpusError
 
 MANIFEST = "manifest.json"
 SCHEMA = pa.schema([("sample_id", pa.string()), ("domain", pa.string()), ("input_ids", pa.list_(pa.int32()))])
 
+Counts = dict[str, dict[str, int]]  # {split: {domain: number}}
 
-def domain_table(domain: str, split: str, rows_NL: np.ndarray) -> pa.Table:
+
+class Repeats(TypedDict):
+    """The documents of a domain that were kept from training because they repeat test text."""
+
+    documents: int
+    share: float
+    """Of the characters read for training."""
+
+
+class Manifest(TypedDict):
+    """What the corpus stage writes down of itself in `manifest.json`."""
+
+    seq_len: int
+    vocab_size: int
+    tokenizer_hash: str
+    separator: str | None
+    """Token after each document."""
+    beginning: str | None
+    """Token before each document, where the model was trained with one."""
+    shard_rows: int
+    rows: Counts
+    tokens: Counts
+    dropped_tokens: Counts
+    documents: Counts
+    whole_test: dict[str, bool]
+    """By domain: whether the raw test text (`read_test_text`) is the whole of `source.test`."""
+    repeats_test: dict[str, Repeats]
+    empty_rows: dict[str, int]
+    """By domain: rows left out because a column of the template holds nothing."""
+
+
+def domain_table(domain: str, split: str, rows_NL: NDArray[np.int32]) -> pa.Table:
     """Rows of one domain and split (N rows of L tokens) with their sample ids."""
     count, length = rows_NL.shape
     ids = [f"{domain}-{split}-{index:06d}" for index in range(count)]
@@ -40,9 +72,10 @@ def write_shards(table: pa.Table, folder: Path, shard_rows: int) -> None:
         pq.write_table(table.slice(start, shard_rows), folder / f"{number:05d}.parquet", compression="zstd")
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """What the corpus stage wrote down of itself: sizes, tokenizer, rows by split, domain and shard."""
-    return json.loads((directory / MANIFEST).read_text())
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the corpus in `directory`."""
+    manifest: Manifest = json.loads((directory / MANIFEST).read_text())
+    return manifest
 
 
 def read_shard(path: Path) -> pa.Table:
@@ -58,7 +91,7 @@ def read_rows(directory: Path, split: str) -> pa.Table:
     return pa.concat_tables([read_shard(shard) for shard in shards])
 
 
-def domain_streams(directory: Path, split: str) -> dict[str, np.ndarray]:
+def domain_streams(directory: Path, split: str) -> dict[str, NDArray[np.int32]]:
     """Every domain's rows joined in the order of the text: {domain: int32 tokens}."""
     table = read_rows(directory, split)
     domains = np.array(table["domain"].to_pylist())
@@ -68,9 +101,3 @@ def domain_streams(directory: Path, split: str) -> dict[str, np.ndarray]:
     return {
         name: rows_NL[order[domains[order] == name]].reshape(-1) for name in dict.fromkeys(domains.tolist())
     }
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """16 hex digits that two tokenizers share if and only if they map the same strings to the same ids."""
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]

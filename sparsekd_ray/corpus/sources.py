@@ -1,45 +1,118 @@
 """Documents from a source: the Python installation, a hub data set, or files by any fsspec URL.
 
 Nothing is read before it is asked for, and at most `WINDOW` documents are held: a source may be larger than
-memory, or have no end.
+memory, or have no end. Several files are read side by side, so that a small share comes from all of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import platform
+import logging
 import random
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
-from botocore.exceptions import BotoCoreError  # s3fs lets its client's errors through
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from typing import TYPE_CHECKING
 
 from sparsekd_ray.config import Source
 from sparsekd_ray.corpus import embedded
-from sparsekd_ray.corpus.rows import ENDINGS, columns, document, file_documents
+from sparsekd_ray.corpus.documents import Document, joined, whole
+from sparsekd_ray.corpus.files import ENDINGS, Row, rows, text_lines, with_columns
+from sparsekd_ray.corpus.matching import matching_files, readable
+from sparsekd_ray.corpus.template import columns, render
 from sparsekd_ray.errors import CorpusError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+    from fsspec import AbstractFileSystem
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 10_000  # documents shuffled together,
 WINDOW_CHARACTERS = 64_000_000  # or fewer where they are long
+OPEN_FILES = 64  # read side by side
 EMBEDDED, HUB = "embedded:", "hf://"
+# Rows are taken for lines of one text by the first ones: a fifth is blank, or half are shorter than a sentence.
+JUDGED_ROWS, LEAST_ROWS = 1_000, 50
+BLANK_ROWS, SHORT_ROW = 0.2, 48
+
+Stream = Callable[[], Iterator[Document]]
+
+
+@dataclass
+class Tally:
+    """What was read of a source and made no document."""
+
+    empty_rows: int = 0
+    """Rows with nothing in a column of the template."""
 
 
 def documents(source: Source, seed: int | None) -> Iterator[str]:
-    """Documents of `source.path` that hold text, shuffled by `seed` within a window, or as they come (None).
+    """The texts of `read`."""
+    return (document.text for document in read(source, seed))
 
-    Rows with a null in a column of the template are left out. Raises `CorpusError` where the source cannot be
-    read, nothing matches its path, or a column of the template is missing.
+
+def read(source: Source, seed: int | None, tally: Tally | None = None) -> Iterator[Document]:
+    """Documents of `source.path` that hold text, from all files and shuffled by `seed`, or as they come (None).
+
+    Raises `CorpusError` where the source cannot be read, nothing matches its path, no row has a column of the
+    template, or the rows are lines of one text and `source.join` does not say what to do with them.
     """
-    if source.path.startswith(EMBEDDED):
-        return embedded.documents(source.path.removeprefix(EMBEDDED), seed)
-    found = _hub_documents(source) if source.path.startswith(HUB) else _file_documents(source)
-    return _shuffled((text for text in found if text and not text.isspace()), seed)
+    streams, sizes = _streams(source, seed, tally or Tally())
+    if seed is None:
+        return _with_text(document for stream in streams for document in stream())
+    order = random.Random(seed).sample(range(len(streams)), len(streams))
+    mixed = interleave([streams[i] for i in order], [sizes[i] for i in order])
+    texts = _with_text(document for _, document in mixed)
+    return texts if source.path.startswith(EMBEDDED) else _shuffled(texts, seed)
+
+
+def beginning(source: Source, count: int) -> list[Document]:
+    """At most `count` documents, the first ones of every file."""
+    mixed = interleave(*_streams(source, None, Tally()))
+    return list(islice(_with_text(document for _, document in mixed), count))
+
+
+def read_in_order(source: Source, characters: float) -> tuple[list[Document], bool]:
+    """Documents of at least `characters` in all, from all files, in the source's order; and whether these are all."""
+    taken: list[tuple[int, Document]] = []
+    for index, document in interleave(*_streams(source, None, Tally())):
+        if characters <= 0:
+            break
+        if document.text.strip():
+            taken.append((index, document))
+            characters -= len(document.text)
+    else:
+        characters = 1
+    in_order = sorted(taken, key=lambda pair: pair[0])
+    return [document for _, document in in_order], characters > 0
+
+
+def interleave(streams: Sequence[Stream], sizes: Sequence[float]) -> Iterator[tuple[int, Document]]:
+    """(index of the stream, document): always from the stream of which the smallest part has been read.
+
+    At most `OPEN_FILES` streams are open at a time; the next one is opened when one ends.
+    """
+    waiting = iter(range(len(streams)))
+    opened = {index: streams[index]() for index in islice(waiting, OPEN_FILES)}
+    share = dict.fromkeys(opened, 0.0)
+    while opened:
+        index = min(opened, key=share.__getitem__)
+        document = next(opened[index], None)
+        if document is not None:
+            share[index] += len(document.text) / max(1.0, sizes[index])
+            yield index, document
+            continue
+        del opened[index]
+        if (following := next(waiting, None)) is not None:
+            opened[following], share[following] = streams[following](), share[index]
+        del share[index]
 
 
 def test_source(source: Source) -> Source | None:
-    """The source of held-out documents that `source.test` names; None where they come from `path` itself."""
+    """The source of test documents that `source.test` names; None where they come from `path` itself."""
     if source.test is None:
         return None
     another_split = source.path.startswith(HUB) and not re.search(r"[:/]", source.test)
@@ -47,91 +120,8 @@ def test_source(source: Source) -> Source | None:
     return source.model_copy(update={**where, "test": None})
 
 
-def identify(source: Source) -> dict[str, Any]:
-    """What of a source decides the tokens: its settings, and its files' contents rather than their place.
-
-    Local files count with their sha256, remote ones with the store's own checksum (S3: the ETag), hub data
-    sets with id and revision (no network needed), embedded text with the version of Python. `CorpusError`
-    where nothing matches.
-    """
-    held_out = test_source(source)
-    settings = source.model_dump(include={"name", "weight", "text", "repeat"})
-    return settings | {"content": _content(source), "test": _content(held_out) if held_out else None}
-
-
-def _content(source: Source) -> dict[str, Any]:
-    columns(source.text)
-    if source.path.startswith(EMBEDDED):
-        embedded.check(source.path.removeprefix(EMBEDDED))
-        return {"embedded": source.path.removeprefix(EMBEDDED), "python": platform.python_version()}
-    if not source.path.startswith(HUB):
-        return {"files": _digests(source.path)}
-    name, config = _hub_name(source.path)
-    if name.startswith("/"):
-        return {"files": _digests(f"{name}/**", endings=("",)), "split": source.split}
-    return {"hub": name, "config": config, "split": source.split, "revision": source.revision}
-
-
-def _digests(path: str, endings: tuple[str, ...] = ENDINGS) -> list[dict[str, Any]]:
-    fs, files = _matches(path, endings)
-    with _readable(path):
-        return [
-            {"name": file.rpartition("/")[2], "size": fs.size(file), **_digest(fs, file)} for file in files
-        ]
-
-
-def _digest(fs: Any, file: str) -> dict[str, str]:
-    from fsspec.implementations.local import LocalFileSystem
-
-    if not isinstance(fs, LocalFileSystem):
-        return {"checksum": str(fs.checksum(file))}
-    with open(file, "rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _matches(path: str, endings: tuple[str, ...] = ENDINGS) -> tuple[Any, list[str]]:
-    """The file system and the sorted files that a path, glob or fsspec URL names."""
-    import fsspec
-
-    with _readable(path):
-        fs, pattern = fsspec.url_to_fs(path)
-        found = {name: info["type"] for name, info in fs.glob(pattern, detail=True).items()}
-    files = sorted(name for name, kind in found.items() if kind != "directory")
-    if not files:
-        hint = f"; it is a directory, name files in it as {path.rstrip('/')}/*.parquet" if found else ""
-        raise CorpusError(
-            f"corpus source {path}: no such file{hint}. A relative path starts where the run starts"
-        )
-    if strange := [name for name in files if not name.endswith(endings)]:
-        raise CorpusError(f"corpus source {strange[0]}: known kinds of file are {', '.join(ENDINGS)}")
-    return fs, files
-
-
-def _file_documents(source: Source) -> Iterator[str | None]:
-    fs, files = _matches(source.path)
-    for file in files:
-        with _readable(file):
-            yield from file_documents(fs, file, source.text)
-
-
-def _hub_documents(source: Source) -> Iterator[str | None]:
-    """Streams a data set; `hf:///a/directory` reads one laid out as on the hub from the disk."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
-
-    name, config = _hub_name(source.path)
-    with _readable(source.path, RuntimeError, DatasetsError, HTTPError):
-        # Asking for the commit fails at once without a network, where load_dataset tries for half a minute.
-        local = name.startswith("/")
-        commit = None if local else HfApi().dataset_info(name, revision=source.revision, timeout=30).sha
-        for row in load_dataset(name, config, split=source.split, revision=commit, streaming=True):
-            yield document(source.text, row, source.path)
-
-
-def _hub_name(path: str) -> tuple[str, str | None]:
-    """`hf://owner/dataset/config` → ("owner/dataset", "config")."""
+def hub_name(path: str) -> tuple[str, str | None]:
+    """`hf://owner/dataset/config` → ("owner/dataset", "config"); `hf:///a/directory` → ("/a/directory", None)."""
     name = path.removeprefix(HUB)
     if name.startswith("/"):
         return name, None
@@ -141,30 +131,116 @@ def _hub_name(path: str) -> tuple[str, str | None]:
     return "/".join(parts[:2]), parts[2] if len(parts) > 2 else None
 
 
-def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
-    """Shuffles a stream window by window; with no seed, lets it through."""
-    if seed is None:
-        yield from texts
-        return
-    rng = random.Random(seed)
-    window: list[str] = []
-    size = 0
+def _streams(source: Source, seed: int | None, tally: Tally) -> tuple[list[Stream], list[float]]:
+    """A stream of documents for each file of a source, and their sizes."""
+    if source.path.startswith(EMBEDDED):
+        texts = partial(embedded.documents, source.path.removeprefix(EMBEDDED), seed)
+        return [lambda: map(whole, texts())], [1.0]
+    if source.path.startswith(HUB):
+        shards = _hub_shards(source)
+        return [partial(_hub_documents, source, shard, tally) for shard in shards], [1.0] * len(shards)
+    fs, files = matching_files(source.path, ENDINGS)
+    return [partial(_file_documents, source, fs, file, tally) for file in files], [
+        *map(float, files.values())
+    ]
+
+
+def _file_documents(source: Source, fs: AbstractFileSystem, file: str, tally: Tally) -> Iterator[Document]:
+    with readable(fs.unstrip_protocol(file).removeprefix("file://")):
+        if not file.endswith(".txt"):
+            yield from _row_documents(source, rows(fs, file, columns(source.text)), tally)
+        elif source.join is False:
+            yield from (whole(line.rstrip("\r\n")) for line in text_lines(fs, file))
+        else:
+            yield from joined(text_lines(fs, file))
+
+
+def _hub_shards(source: Source) -> list[IterableDataset]:
+    """The shards of a data set, which are streamed; `hf:///a/directory` reads one laid out as on the hub."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP client, whichever that is
+
+    name, config = hub_name(source.path)
+    with readable(source.path, RuntimeError, DatasetsError, HTTPError):
+        # Asking for the commit fails at once without a network, where load_dataset tries for half a minute.
+        local = name.startswith("/")
+        commit = None if local else HfApi().dataset_info(name, revision=source.revision, timeout=30).sha
+        data = load_dataset(name, config, split=source.split, revision=commit, streaming=True)
+        return [data.shard(data.num_shards, index) for index in range(data.num_shards)]
+
+
+def _hub_documents(source: Source, shard: IterableDataset, tally: Tally) -> Iterator[Document]:
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    with readable(source.path, RuntimeError, DatasetsError, HTTPError):
+        numbered = ((f"{source.path}, row {number}", row) for number, row in enumerate(shard, 1))
+        yield from _row_documents(source, with_columns(numbered, columns(source.text), source.path), tally)
+
+
+def _row_documents(source: Source, numbered: Iterable[tuple[str, Row]], tally: Tally) -> Iterator[Document]:
+    texts = _rendered(source.text, numbered, tally)
+    if source.join:
+        return joined(texts)
+    return map(whole, texts if source.join is False else _refuse_lines(source, texts))
+
+
+def _rendered(template: str, numbered: Iterable[tuple[str, Row]], tally: Tally) -> Iterator[str]:
+    for place, row in numbered:
+        text = render(template, row, place)
+        if text is None:
+            tally.empty_rows += 1
+        else:
+            yield text
+
+
+def _refuse_lines(source: Source, texts: Iterable[str]) -> Iterator[str]:
+    """The same texts, judged by the first of them: single lines, shuffled, are no text to learn from."""
+    lengths: list[int] = []
     for text in texts:
-        window.append(text)
-        size += len(text)
+        yield text
+        if len(lengths) < JUDGED_ROWS:
+            lengths.append(len(text.strip()))
+            if len(lengths) == JUDGED_ROWS:
+                _judge(source, lengths)
+    if LEAST_ROWS <= len(lengths) < JUDGED_ROWS:
+        _judge(source, lengths)
+
+
+def _judge(source: Source, lengths: list[int]) -> None:
+    blank = lengths.count(0) / len(lengths)
+    if blank >= BLANK_ROWS:
+        raise CorpusError(
+            f"corpus source {source.name} ({source.path}): {blank:.0%} of its rows are blank, as where rows are the "
+            "lines of one text. Set join: true to join them into documents, or join: false if each row is one"
+        )
+    if (median := statistics.median(lengths)) < SHORT_ROW:
+        _warn_of_lines(source.name, source.path, int(median))
+
+
+@cache
+def _warn_of_lines(name: str, path: str, median: int) -> None:
+    logger.warning(
+        f"corpus source {name} ({path}): half of its rows have at most {median} characters. If they are lines of one "
+        "text, set join: true; if each is a document, join: false"
+    )
+
+
+def _with_text(documents: Iterable[Document]) -> Iterator[Document]:
+    return (document for document in documents if document.text.strip())
+
+
+def _shuffled(texts: Iterable[Document], seed: int) -> Iterator[Document]:
+    """Shuffles a stream window by window."""
+    rng = random.Random(seed)
+    window: list[Document] = []
+    size = 0
+    for document in texts:
+        window.append(document)
+        size += len(document.text)
         if len(window) == WINDOW or size >= WINDOW_CHARACTERS:
             yield from rng.sample(window, len(window))
             window, size = [], 0
     yield from rng.sample(window, len(window))
-
-
-@contextmanager
-def _readable(path: str, *more: type[Exception]) -> Iterator[None]:
-    """Turns what a disk, an object store or a decoder raises into one `CorpusError` that names the source."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, BotoCoreError, *more) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise CorpusError(
-            f"cannot read {path} ({why}). Check its name, the network and the credentials"
-        ) from None

@@ -15,22 +15,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
+from sparsekd_ray.corpus.documents import Document
 from sparsekd_ray.errors import CorpusError
 
 FOLDER = "test-text"
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document, and the rows of its source that it was made of."""
-
-    rows: tuple[str, ...]
-    """One row, or for a source whose rows are joined (`source.join`) each line as the source gives it. A blank line
-    is an empty row, as in the data sets of the hub."""
-    text: str
 
 
 def write_test_text(directory: Path, domain: str, documents: Iterable[Document]) -> None:

@@ -32,7 +32,7 @@ from sparsekd_ray.corpus import (
     tokenizer_hash,
     train_documents,
 )
-from sparsekd_ray.corpus.build import PASSAGE
+from sparsekd_ray.corpus.held_out import PASSAGE
 from sparsekd_ray.corpus.splits import quotas, shares
 from sparsekd_ray.errors import CorpusError, ModelError
 
@@ -230,10 +230,11 @@ def test_the_manifest_names_the_tokenizer_that_is_kept_beside_it(tmp_path, token
 def test_a_tokenizer_without_an_end_is_refused(tmp_path, tokenizer_dir):
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_dir / "tokenizer.json")).save_pretrained(
-        tmp_path / "t"
+    (tmp_path / "plain.json").write_text(
+        (tokenizer_dir / "tokenizer.json").read_text().replace(END, "<none>")
     )
-    with pytest.raises(ModelError, match="no end-of-text token"):
+    PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "plain.json")).save_pretrained(tmp_path / "t")
+    with pytest.raises(ModelError, match=r"no end-of-text token .* corpus\.separator"):
         build_in(tmp_path / "out", small_corpus(two_domains(tmp_path)), tmp_path / "t")
 
 
@@ -322,7 +323,7 @@ def test_repeat_starts_again_with_the_training_documents_only(tmp_path, tokenize
 
 def test_tokenizer_text_is_training_text_in_proportion(tmp_path):
     sources = two_domains(tmp_path)
-    texts = list(train_documents(sources, 1, 0.3))
+    texts = list(train_documents(small_corpus(sources), 1))
     everything = [text for source in sources for text in documents(source, 1)]
     assert sorted(texts) == sorted(text for text in everything if side(text, 0.3) == "train")
     characters = Counter()
@@ -401,10 +402,17 @@ def test_a_relative_path_starts_at_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_the_template_makes_documents_of_columns_and_leaves_out_nulls(tmp_path):
-    rows = [{"q": "1 + 1?", "a": ["2", "two"]}, {"q": None, "a": ["3"]}, {"q": "{x}", "a": ["{}"]}]
+    rows = [
+        {"q": "1 + 1?", "a": 2},
+        {"q": None, "a": "3"},
+        {"a": "4"},
+        {"q": "{x}", "a": "{}"},
+        {"q": "", "a": 0.5},
+    ]
+    rows += [{"q": "6", "a": float("nan")}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = Source(name="a", path=str(tmp_path / "a.jsonl"), text="{q}\n{a[0]}")
-    assert list(documents(source, None)) == ["1 + 1?\n2", "{x}\n{}"]
+    source = Source(name="a", path=str(tmp_path / "a.jsonl"), text="{{q}} {q}\n{a}")
+    assert list(documents(source, None)) == ["{q} 1 + 1?\n2", "{q} {x}\n{}", "{q} \n0.5"]
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
@@ -426,8 +434,8 @@ def bad_files(tmp_path: Path) -> dict[str, tuple[str, str]]:
         "cut": ("cut.parquet", "cannot read .*cut.parquet"),
         "json": ("bad.jsonl", "bad.jsonl, line 2: not JSON"),
         "list": ("list.jsonl", "found a list; a .jsonl file holds one object per line"),
-        "surrogate": ("half.jsonl", "does not fit a row"),
-        "encoding": ("latin.txt", "cannot read .*latin.txt"),
+        "surrogate": ("half.jsonl", "half.jsonl, line 1: column 'text' holds half of a surrogate pair"),
+        "encoding": ("latin.txt", "latin.txt: byte 3 is not UTF-8"),
         "kind": ("a.csv", "known kinds of file are .parquet, .jsonl, .txt"),
         "nothing": ("none*.parquet", "no such file"),
         "directory": ("", "is a directory"),

@@ -1,0 +1,115 @@
+"""Test documents are set aside first, from every source; then training text is what does not repeat them.
+
+What is set aside is counted in characters, so it needs no tokenizer: the stand-in's tokenizer, its pretraining text
+and the calibration mix leave out the same documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sparsekd_ray.config import Corpus, Source
+from sparsekd_ray.corpus.documents import Document
+from sparsekd_ray.corpus.overlap import TestIndex
+from sparsekd_ray.corpus.sources import Tally, interleave, read, read_in_order, test_source
+from sparsekd_ray.corpus.splits import shares, side
+
+PASSAGE = 0.25  # of a held-out split's rows, from one document
+CHARACTERS = 8  # set aside for each test token; text has three to five
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """The test documents of one source, in order."""
+
+    documents: list[Document]
+    complete: bool
+    """Whether these are all test documents there are: `source.test` was read to its end."""
+
+
+@dataclass
+class LeftOut:
+    """The documents of one source that were kept from training because they repeat test text."""
+
+    documents: int = 0
+    characters: int = 0
+    read_characters: int = 0
+    """Of all documents on the training side, these included."""
+
+
+def longest(rows: int, seq_len: int) -> int:
+    """Tokens that one document may give to a split that was held out by a hash."""
+    return max(1, int(rows * PASSAGE)) * seq_len
+
+
+def set_aside(sources: tuple[Source, ...], corpus: Corpus, seed: int) -> dict[str, SetAside]:
+    """The test documents of `sources`, enough for their shares of `corpus.test_samples`."""
+    rows = shares(corpus.test_samples, [source.weight for source in sources])
+    return {
+        source.name: _set_aside(source, share, corpus, seed)
+        for source, share in zip(sources, rows, strict=True)
+    }
+
+
+def _set_aside(source: Source, rows: int, corpus: Corpus, seed: int) -> SetAside:
+    characters = rows * corpus.seq_len * CHARACTERS
+    elsewhere = test_source(source)
+    if elsewhere is not None:
+        return SetAside(*read_in_order(elsewhere, characters))
+    taken: list[Document] = []
+    for document in read(source, seed):
+        if characters <= 0:
+            break
+        if side(document.text, corpus.held_out) == "test":
+            taken.append(document)
+            characters -= min(len(document.text), longest(rows, corpus.seq_len) * CHARACTERS)
+    return SetAside(taken, False)
+
+
+def test_index(corpus: Corpus, own: dict[str, SetAside], seed: int) -> TestIndex:
+    """What no training text may repeat: the test documents of the corpus and those of `corpus.exclude`."""
+    others = set_aside(corpus.exclude, corpus, seed) if corpus.exclude else {}
+    sets = [*own.values(), *others.values()]
+    return TestIndex([document.text for document in part.documents] for part in sets)
+
+
+def split_documents(
+    source: Source,
+    corpus: Corpus,
+    seed: int,
+    index: TestIndex,
+    left_out: LeftOut | None = None,
+    tally: Tally | None = None,
+) -> Iterator[tuple[str, Document]]:
+    """("train" or "valid", document) for the documents of a source that do not repeat test text."""
+    counts = left_out or LeftOut()
+    for document in read(source, seed, tally):
+        split = side(document.text, corpus.held_out)
+        if split == "test":
+            if source.test is None:
+                continue
+            split = "train"
+        counts.read_characters += len(document.text)
+        if index.repeats(document.text):
+            counts.documents += 1
+            counts.characters += len(document.text)
+        else:
+            yield split, document
+
+
+def train_documents(corpus: Corpus, seed: int) -> Iterator[str]:
+    """Training documents of all sources, interleaved by weight (in characters).
+
+    For training a tokenizer without a look at held-out text. A source that ends drops out; one without end
+    never does, so take what is needed.
+    """
+    index = test_index(corpus, set_aside(corpus.sources, corpus, seed), seed)
+
+    def stream(source: Source) -> Iterator[Document]:
+        pairs = split_documents(source, corpus, seed, index)
+        return (document for split, document in pairs if split == "train")
+
+    streams = [lambda source=source: stream(source) for source in corpus.sources]
+    weights = [source.weight for source in corpus.sources]
+    return (document.text for _, document in interleave(streams, weights))

@@ -1,0 +1,129 @@
+"""From text to tokens: the tokenizer, the token after each document, and the one before it where there is one.
+
+Control tokens that stand in the text (`<|endoftext|>` in a page about language models) are read as plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd_ray.errors import CorpusError, ModelError
+from sparsekd_ray.model.tokenizer import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+# End tokens of chat tokenizers that end a turn; their models were pretrained with another one after each text.
+TURN_ENDS = frozenset(
+    ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|eot|>", "<|eom_id|>", "<|return|>"]
+)
+TEXT_ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end▁of▁sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "<eos>",
+    "</s>",
+)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Texts → int32 tokens of each, between the beginning token, if there is one, and the separator."""
+
+    tokenizer: PreTrainedTokenizerFast
+    separator: int
+    beginning: int | None
+
+    def __call__(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        if not texts:
+            return []
+        before = [] if self.beginning is None else [self.beginning]
+        tokens = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,  # control tokens in the text are plain text
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [np.array([*before, *ids, self.separator], dtype=np.int32) for ids in tokens["input_ids"]]
+
+    def token(self, number: int | None) -> str | None:
+        return None if number is None else str(self.tokenizer.convert_ids_to_tokens(number))
+
+
+def load_encoder(directory: Path, separator: str | None) -> Encoder:
+    """The encoder of the tokenizer in `directory`; ModelError for one that cannot be used.
+
+    separator: the setting; without it, the token that ends a text is chosen.
+    """
+    tokenizer = load(directory)
+    after, before = _separator(tokenizer, separator), _beginning(tokenizer)
+    encoder = Encoder(tokenizer, after, before)
+    begins = f", {encoder.token(before)} before it" if before is not None else ""
+    logger.info(f"corpus: {encoder.token(after)} after each document{begins}")
+    return encoder
+
+
+def check_context(directory: Path, seq_len: int) -> None:
+    """CorpusError where the model beside the tokenizer takes no sequences of `seq_len` tokens."""
+    config = directory / "config.json"
+    values = json.loads(config.read_text()) if config.is_file() else {}
+    context = values.get("max_position_embeddings") or (values.get("text_config") or {}).get(
+        "max_position_embeddings"
+    )
+    if context is not None and seq_len > context:
+        raise CorpusError(
+            f"corpus.seq_len is {seq_len}, the model's context {context} tokens (max_position_embeddings): lower it"
+        )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """16 hex digits that two tokenizers share if and only if they map the same strings to the same ids."""
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def _separator(tokenizer: PreTrainedTokenizerFast, setting: str | None) -> int:
+    """The id of the token after each document."""
+    vocabulary = tokenizer.get_vocab()
+    if setting is not None:
+        if setting not in vocabulary:
+            raise CorpusError(
+                f"corpus.separator is {setting!r}, which is no token of this tokenizer; its special ones are "
+                f"{', '.join(map(str, tokenizer.all_special_tokens))}"
+            )
+        return int(vocabulary[setting])
+    end = tokenizer.eos_token
+    if end is not None and end not in TURN_ENDS:
+        return int(vocabulary[end])
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if ends := [token for token in TEXT_ENDS if token in added]:
+        return int(vocabulary[ends[0]])
+    if end is None:
+        raise ModelError(
+            "the tokenizer has no end-of-text token to separate documents with: name one as corpus.separator"
+        )
+    logger.warning(
+        f"corpus: documents are separated by {end}, which ends a chat turn, since the tokenizer has no token that is "
+        "known to end a text. Where the model was pretrained with another one, set corpus.separator"
+    )
+    return int(vocabulary[end])
+
+
+def _beginning(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token that the tokenizer itself puts before a text, as those of Llama and Gemma do."""
+    ids = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] and ids != plain
+    return int(tokenizer.bos_token_id) if begins else None
