@@ -34,7 +34,7 @@ from sparsekd_ray.model import tokenizer as model_tokenizer
 logger = logging.getLogger(__name__)
 
 FEW = 5  # documents: so few cannot be dealt to three splits
-MUCH = 0.1  # share of a source's text from which it is worth a warning that it was left out
+MUCH = 0.25  # share of a source's text from which it is worth a warning that it was left out
 
 
 @dataclass
