@@ -55,7 +55,7 @@ def _made(step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: boo
         case Corpus() as settings:
             from sparsekd_ray import corpus
 
-            return corpus.build(settings, inputs["tokenizer"], out, seed=step.seed)
+            return dict(corpus.build(settings, inputs["tokenizer"], out, seed=step.seed))
         case Standin() as settings:
             from sparsekd_ray.standin import pretrain
 

@@ -57,7 +57,7 @@ def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int) -> Manif
     rows = quotas(corpus)
     check_context(tokenizer_dir, corpus.seq_len)
     encoder = load_encoder(tokenizer_dir, corpus.separator)
-    tests = set_aside(corpus.sources, corpus, seed)
+    tests = set_aside(corpus, seed)
     index = test_index(corpus, tests, seed)
     domains = [
         _domain(source, rows[source.name], corpus.seq_len, tests[source.name]) for source in corpus.sources

@@ -43,12 +43,12 @@ def longest(rows: int, seq_len: int) -> int:
     return max(1, int(rows * PASSAGE)) * seq_len
 
 
-def set_aside(sources: tuple[Source, ...], corpus: Corpus, seed: int) -> dict[str, SetAside]:
-    """The test documents of `sources`, enough for their shares of `corpus.test_samples`."""
-    rows = shares(corpus.test_samples, [source.weight for source in sources])
+def set_aside(corpus: Corpus, seed: int) -> dict[str, SetAside]:
+    """The test documents of each source, enough for its share of `corpus.test_samples`."""
+    rows = shares(corpus.test_samples, [source.weight for source in corpus.sources])
     return {
         source.name: _set_aside(source, share, corpus, seed)
-        for source, share in zip(sources, rows, strict=True)
+        for source, share in zip(corpus.sources, rows, strict=True)
     }
 
 
@@ -68,10 +68,12 @@ def _set_aside(source: Source, rows: int, corpus: Corpus, seed: int) -> SetAside
 
 
 def test_index(corpus: Corpus, own: dict[str, SetAside], seed: int) -> TestIndex:
-    """What no training text may repeat: the test documents of the corpus and those of `corpus.exclude`."""
-    others = set_aside(corpus.exclude, corpus, seed) if corpus.exclude else {}
-    sets = [*own.values(), *others.values()]
-    return TestIndex([document.text for document in part.documents] for part in sets)
+    """What no training text may repeat: the test documents of the corpus and those of `corpus.exclude`.
+
+    Of an excluded source as many are taken as all of `corpus.test_samples` could need: its share is not known here.
+    """
+    others = [_set_aside(source, corpus.test_samples, corpus, seed) for source in corpus.exclude]
+    return TestIndex([document.text for document in part.documents] for part in (*own.values(), *others))
 
 
 def split_documents(
@@ -104,7 +106,7 @@ def train_documents(corpus: Corpus, seed: int) -> Iterator[str]:
     For training a tokenizer without a look at held-out text. A source that ends drops out; one without end
     never does, so take what is needed.
     """
-    index = test_index(corpus, set_aside(corpus.sources, corpus, seed), seed)
+    index = test_index(corpus, set_aside(corpus, seed), seed)
 
     def stream(source: Source) -> Iterator[Document]:
         pairs = split_documents(source, corpus, seed, index)

@@ -212,7 +212,7 @@ def _engine(student: Student, settings: Distill, execution: Execution, micro_ste
     return engine
 
 
-def _check(manifest: CacheManifest, vocab_size: int, texts: dict[str, Any], job: Job) -> None:
+def _check(manifest: CacheManifest, vocab_size: int, texts: corpus.Manifest, job: Job) -> None:
     """Refuses a cache that does not belong to this student, its teacher and its text, or lacks the temperature."""
     manifest.require(
         tokenizer_hash=texts["tokenizer_hash"],
