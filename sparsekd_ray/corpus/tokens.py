@@ -19,7 +19,7 @@ from sparsekd_ray.errors import CorpusError, ModelError
 from sparsekd_ray.model.tokenizer import load
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def check_context(directory: Path, seq_len: int) -> None:
         )
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that two tokenizers share if and only if they map the same strings to the same ids."""
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
