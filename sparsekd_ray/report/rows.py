@@ -149,7 +149,8 @@ def _oneshot(index: RunIndex, sparsity: float) -> float:
         and step.inputs["model"] == "dense"
         and tuple(step.identity.get(key) for key in ("method", "sparsity", "allocation")) == wanted
     )
-    return index.evaluation(step.name)["paper"]["ppl"]
+    ppl: float = index.evaluation(step.name)["paper"]["ppl"]
+    return ppl
 
 
 def _trained_tokens(index: RunIndex, name: str) -> int:
