@@ -85,7 +85,7 @@ def classes(model_type: str) -> families.StockClasses:
 
     from sparsekd_ray.model import low_rank
 
-    transformers.utils.logging.disable_progress_bar()  # a bar per model is noise in a job's log
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar per model is noise in a job's log
     stock = families.stock_classes(model_type.removeprefix(spec.LOW_RANK_PREFIX))
     if not model_type.startswith(spec.LOW_RANK_PREFIX):
         return stock
@@ -110,9 +110,9 @@ def load(
     if not spec.is_low_rank(values):
         values.pop("auto_map", None)  # the repository's own code, neither run nor shipped by us
     model = _checked(str(path), values, path, dtype=dtype, use_safetensors=True, local_files_only=True)
-    model = model.to(device)  # type: ignore[arg-type]
-    _probe_once(model, json.dumps(values, sort_keys=True, default=str))
-    return model
+    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    _probe_once(placed, json.dumps(values, sort_keys=True, default=str))
+    return placed
 
 
 _probed: set[str] = set()
@@ -147,7 +147,8 @@ def _checked(
         loaded: Any = causal_class.from_pretrained(source, config=config, **options, **report)
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(f"{name} does not load: {error}") from error
-    model, info = loaded
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
         raise ModelError(f"{name} does not hold the weights of its config: {wrong}")
     if (found := count_parameters(model)) != (expected := spec.total_parameters(values)):
@@ -194,7 +195,8 @@ def rebuild(
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     model = _checked("the rebuilt model", values, None, state_dict=state, dtype=like.dtype)
     model.generation_config = copy.deepcopy(like.generation_config)
-    return model.to(like.device)  # type: ignore[arg-type]
+    placed: PreTrainedModel = model.to(like.device)  # type: ignore[arg-type]
+    return placed
 
 
 def auto_map(model_type: str) -> dict[str, str]:

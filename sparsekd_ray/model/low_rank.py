@@ -41,14 +41,14 @@ def count_parameters(model: nn.Module) -> int:
 
 def product(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The matrix W [m, n] in float64 that a layer's tensors stand for, by their names in its state; without bias."""
-    held = {name: tensor.detach() for name, tensor in tensors.items()}
-    if "weight" in held:
-        return held["weight"].double()
-    if "A.weight" in held:
-        return held["B.weight"].double() @ held["A.weight"].double()
-    U, C = held["U.weight"].double(), held["C.weight"].double()
-    W = U.new_empty(len(U), len(held["order"]))
-    W[:, held["order"]] = torch.cat([U, U @ C], 1)
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    if "weight" in tensors:
+        return tensors["weight"].double()
+    if "A.weight" in tensors:
+        return tensors["B.weight"].double() @ tensors["A.weight"].double()
+    U, C = tensors["U.weight"].double(), tensors["C.weight"].double()
+    W = U.new_empty(len(U), len(tensors["order"]))
+    W[:, tensors["order"]] = torch.cat([U, U @ C], 1)
     return W
 
 
@@ -62,12 +62,12 @@ class LowRankLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.B(self.A(x))
+        y: torch.Tensor = self.B(self.A(x))
         return y if self.bias is None else y + self.bias
 
 
 class GaugeLinear(nn.Module):
-    """y = U (x_P + C x_rest), or that plus bias: a linear layer of rank r whose rows are told by r of its inputs.
+    """y = U (x_P + C x_rest), or that plus bias: a linear layer of rank r, whose rank is that of r of its columns.
 
     `order` is a permutation of the inputs, the r pivots first: whole numbers, which no change of type touches.
     """
@@ -84,7 +84,7 @@ class GaugeLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.index_select(-1, self.order)
-        y = self.U(x[..., : self.rank] + self.C(x[..., self.rank :]))
+        y: torch.Tensor = self.U(x[..., : self.rank] + self.C(x[..., self.rank :]))
         return y if self.bias is None else y + self.bias
 
 
@@ -97,7 +97,8 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.act_fn(gate) * up)
+        y: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
+        return y
 
 
 class SeparateMLP(nn.Module):
@@ -114,13 +115,15 @@ class SeparateMLP(nn.Module):
         # A loop, which vLLM does not rewrite: from the first instance of a class it decides for all of them whether
         # gate and up become one dense matrix, and here one layer may hold factors where another is dense.
         gate, up = [project(x) for project in (self.gate_proj, self.up_proj)]
-        return self.down_proj(self.act_fn(gate) * up)
+        y: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
+        return y
 
 
 def _make_low_rank(base: nn.Module, config: Any) -> None:
     """Replace the MLP of every layer that `sparsekd_ranks` names; names are those in the causal model."""
     left = dict(config.sparsekd_ranks)
-    for i, layer in enumerate(base.layers):  # type: ignore[union-attr, arg-type]
+    layers: Any = base.layers
+    for i, layer in enumerate(layers):
         prefix = f"model.layers.{i}.mlp."
         ranks = {name: left.pop(name) for name in list(left) if name.startswith(prefix)}
         if ranks:

@@ -1,7 +1,6 @@
 """Masked models in training: weights that are zero stay zero, and a check proves it when the model is saved."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,8 +13,8 @@ def freeze_zeros(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     Without a gradient there is no momentum, and the decay of zero is zero. The hooks sit on the parameters
     themselves and act before any optimiser, partitioned or not, sees a gradient. Call it before training, once.
-    Returns what is held, module name → zeros [m, n] (True), for `violations`; nothing where the model's config
-    carries no `sparsekd_mask`.
+    Returns where the zeros are, module name → [m, n] (True for zero), for `changed_zeros`; nothing where the model's
+    config has no `sparsekd_mask`.
     """
     if not getattr(model.config, "sparsekd_mask", None):
         return {}
@@ -24,7 +23,7 @@ def freeze_zeros(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     zeros = {name: weight.detach() == 0 for name, weight in weights.items()}
     for name, weight in weights.items():
         if weight.requires_grad:
-            weight.register_hook(_zeroing(zeros, name))
+            weight.register_hook(_zeroing(zeros, name))  # type: ignore[no-untyped-call]
     return zeros
 
 
@@ -37,9 +36,9 @@ def _zeroing(zeros: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tenso
 
 
 def changed_zeros(model: PreTrainedModel, zeros: dict[str, torch.Tensor]) -> dict[str, int]:
-    """How many weights that `hold` found zero are not zero now, by module name; empty if the masks were held."""
+    """How many weights that were zero in `freeze_zeros` are not zero now, by module name; empty if all stayed zero."""
     counts = {}
     for name, zeros_mn in zeros.items():
-        weight: Any = model.get_submodule(name).weight
+        weight = model.get_parameter(f"{name}.weight")
         counts[name] = int((weight.detach()[zeros_mn.to(weight.device)] != 0).sum())
     return {name: count for name, count in counts.items() if count}

@@ -1,16 +1,16 @@
-"""The gated MLP of both families seen as one thing, and stock models made from other MLPs or fewer layers.
+"""The gated MLP of any family as one type, and stock models made from other MLPs or fewer layers.
 
-Phi-3 stores gate and up in one `gate_up_proj`, gate first; Qwen3 stores them apart. Pruning by neurons, layers
-or masks wants neither name: it takes `MLP`s out of a model, and puts others in. What comes back is a new model
-of the stock class that shares no memory with the one it came from, which stays as it was.
+Phi-3 stores gate and up in one `gate_up_proj`, gate first; most families store them apart. Pruning by neurons, layers
+or masks takes `MLP`s out of a model and puts others in, and knows neither name. The result is a new model of the stock
+class. It shares no memory with the model that it was made from, which stays as it was.
 
 Shapes: D hidden size, I neurons (intermediate size); y = down_DI (act(gate_ID x) · up_ID x).
 """
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import loading, spec
 
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")  # of a config, one entry for each layer
+TOKEN_LISTS = ("token_id", "token_ids", "architectures")  # ends of names of lists that are not per layer
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -39,7 +39,7 @@ def layer_count(model: PreTrainedModel) -> int:
 def mlp_weights(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter]:
     """The MLP matrices of one layer as the model stores them, by module name, gate and up before down.
 
-    Raises ModelError if one of them is held as factors, or as anything but a linear layer without bias.
+    Raises ModelError if one of them is stored as factors, or as anything but a linear layer without bias.
     """
     prefix = f"model.layers.{layer}.mlp."
     names = [name for name in spec.shapes_from_config(model) if name.startswith(prefix)]
@@ -54,7 +54,7 @@ def mlp_weights(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter]:
 
 
 def view(stored: Iterable[torch.Tensor]) -> MLP:
-    """An MLP out of what `mlp_weights` gives, or gradients or masks of the same shapes; nothing is copied."""
+    """An MLP of the values of `mlp_weights`, or of gradients or masks of the same shapes; nothing is copied."""
     *gate_up, down_DI = stored
     gate_ID, up_ID = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2)
     return MLP(gate_ID, up_ID, down_DI)
@@ -114,18 +114,23 @@ def without_layers(model: PreTrainedModel, dropped: Collection[int]) -> PreTrain
         raise ValueError(f"cannot drop {sorted(dropped)} of layers 0 to {layers - 1}: one at least must stay")
     place = {old: new for new, old in enumerate(kept)}
     state = {
-        LAYER.sub(lambda found: f"layers.{place[int(found[1])]}.", name): tensor
+        LAYER.sub(lambda match: f"layers.{place[int(match[1])]}.", name): tensor
         for name, tensor in _copied_state(model, kept).items()
     }
-    return _rebuilt(model, state, num_hidden_layers=len(kept), **_per_layer(model.config, kept))
+    return _rebuilt(model, state, num_hidden_layers=len(kept), **_for_layers(spec.config_dict(model), kept))
 
 
-def _per_layer(config: Any, kept: list[int]) -> dict[str, Any]:
-    """The config's values that speak of single layers, for the layers kept."""
-    lists = {key: value for key in PER_LAYER_LISTS if (value := getattr(config, key, None)) is not None}
-    changes: dict[str, Any] = {key: [value[layer] for layer in kept] for key, value in lists.items()}
-    # Qwen3: layers from this number on use the sliding window, if there is one
-    if (first_sliding := getattr(config, "max_window_layers", None)) is not None:
+def _for_layers(config: Mapping[str, object], kept: Sequence[int]) -> dict[str, object]:
+    """The config's values that speak of single layers, for the layers kept: every list with one entry per layer."""
+    layers = config["num_hidden_layers"]
+    lists = {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, list | tuple) and len(value) == layers and not key.endswith(TOKEN_LISTS)
+    }
+    changes: dict[str, object] = {key: [value[layer] for layer in kept] for key, value in lists.items()}
+    # Qwen: layers from this number on use the sliding window, if there is one
+    if isinstance(first_sliding := config.get("max_window_layers"), int):
         changes["max_window_layers"] = sum(layer < first_sliding for layer in kept)
     return changes
 
@@ -148,13 +153,13 @@ def _copied_state(model: PreTrainedModel, kept: Collection[int] | None = None) -
         raise ModelError("a low-rank model has no stock form with other layers: merge it first")
 
     def wanted(name: str) -> bool:
-        found = LAYER.search(name)
-        return ".mlp." not in name if kept is None else found is None or int(found[1]) in kept
+        match = LAYER.search(name)
+        return ".mlp." not in name if kept is None else match is None or int(match[1]) in kept
 
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if wanted(name)}
 
 
-def _rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor], **changes: Any) -> PreTrainedModel:
+def _rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor], **changes: object) -> PreTrainedModel:
     like = copy.copy(model)  # the same module in every respect but its config
     like.config = type(model.config).from_dict({**spec.config_dict(model), **changes})
     return loading.rebuild(like, None, state)

@@ -31,15 +31,15 @@ def structure(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ModelError(_refusal("structure", kind, f"its lm_head is {head}, not a matrix without bias"))
     layers = getattr(base, "layers")  # noqa: B009, a module's attributes have no types
-    if len(layers) != config.num_hidden_layers:
+    if len(layers) != (stated := getattr(config, "num_hidden_layers", None)):
         raise ModelError(
-            _refusal("structure", kind, f"it has {len(layers)} layers for {config.num_hidden_layers}")
+            _refusal("structure", kind, f"it has {len(layers)} layers, its config says {stated}")
         )
     shapes: dict[str, tuple[int, int]] = {}
     for index, layer in enumerate(layers):
         for leaf, linear in _projections(getattr(layer, "mlp", None), kind, index).items():
             shapes[f"model.layers.{index}.mlp.{leaf}"] = (linear.out_features, linear.in_features)
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner = getattr(config, "hidden_size", 0), getattr(config, "intermediate_size", 0)
     for name, shape in shapes.items():
         leaf = name.rpartition(".")[2]
         expected = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}.get(
@@ -77,7 +77,8 @@ def numbers(model: PreTrainedModel) -> None:
 
     For stock and low-rank models in any type, on any device but meta. Raises ModelError naming the probe that failed.
     """
-    kind, seen = type(model).__name__, {}  # type: ignore[var-annotated]
+    kind = type(model).__name__
+    seen: dict[str, Tensor] = {}
     base = model.get_submodule("model")
     first, mlp, head = (model.get_submodule(n) for n in ("model.layers.0", "model.layers.0.mlp", "lm_head"))
     ids_1N = torch.linspace(3, model.config.vocab_size - 1, TOKENS, device=model.device).long()[None]

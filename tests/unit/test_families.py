@@ -1,17 +1,26 @@
 """Every family and every form of a smaller model of it: counted, pruned, saved, and read by the stock classes."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from models import Form, dense_directory, logits, student_of
+from models import Form, dense_directory, dense_model, logits, student_of
 
+from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import families, loading, mlp, probe, saving, spec
 
 MORE = {  # what a family's tiny config needs beside the sizes
-    "gemma3_text": {"head_dim": 8},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "mistral": {"sliding_window": 4},
 }
 TYPES = list(families.FAMILIES)
 FORMS = {"factors": {}, "gauge": {"gauge": True}, "bias": {"bias": True}, "joint": {"joint": True}}
@@ -84,3 +93,60 @@ def skipping(model: Any, layer: int) -> torch.Tensor:
     found = logits(model)
     handle.remove()
     return found
+
+
+# what a family without an entry shows, and what is refused
+
+
+def test_a_family_without_an_entry_is_derived_from_its_stock_class(tmp_path: Path) -> None:
+    assert "glm" not in families.FAMILIES
+    more = {"head_dim": 8, "intermediate_size": 48}
+    source = dense_directory(tmp_path / "dense", "glm", True, **more)
+    assert spec.shapes_from_config(source)["model.layers.2.mlp.gate_up_proj"] == (96, 32)
+    student, product = student_of(Form("glm", gauge=True), **more)
+    saving.save(student, source, tmp_path / "student", "card")
+    torch.testing.assert_close(
+        logits(loading.load(tmp_path / "student")), logits(product), atol=1e-5, rtol=1e-5
+    )
+
+
+REFUSED = {
+    "granite": ({"logits_scaling": 8.0}, "probe “the logits equal the head times the final hidden state”"),
+    "granite ": ({"embedding_multiplier": 2.0}, "probe “the first layer's input equals the embedding”"),
+    "gemma2": ({"head_dim": 8}, "probe “the logits equal the head times the final hidden state”"),
+    "cohere": ({}, "probe “the logits equal the head times the final hidden state”"),
+    "starcoder2": ({}, "probe “structure”: layer 0 has an `mlp` of c_fc: Linear, c_proj: Linear"),
+    "nemotron": ({"head_dim": 8}, "probe “structure”: layer 0 has an `mlp` of up_proj: Linear, down_proj"),
+    "gpt2": ({}, "probe “structure”: it has no model.embed_tokens"),
+    "bert": ({"is_decoder": True}, "BertLMHeadModel fails the probe “structure”"),
+    "qwen3_moe": ({}, "mixture of experts (num_experts"),
+    "llama": ({"mlp_bias": True}, "biased MLP (mlp_bias)"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_nearly_fits_is_refused_by_the_probe_that_failed(family: str, tmp_path: Path) -> None:
+    more, words = REFUSED[family]
+    dense_directory(tmp_path, family.strip(), True, **more)
+    with pytest.raises(ModelError, match=re.escape(words)):
+        loading.load(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "t5", "no_such_type"])
+def test_what_is_no_causal_language_model_is_refused_by_name(model_type: str) -> None:
+    with pytest.raises(ModelError, match=f"no causal language model of model_type '{model_type}'"):
+        spec.check_supported({"model_type": model_type})
+
+
+def test_a_probe_sees_what_the_model_computes_and_not_only_what_it_is_called() -> None:
+    model = dense_model("llama", True)
+    probe.numbers(model)
+    layer = model.get_submodule("model.layers.0.mlp")
+    layer.register_forward_hook(lambda _, args, output: output * 1.1)
+    with pytest.raises(ModelError, match=re.escape("probe “the MLP equals down(act(gate x) · up x)”")):
+        probe.numbers(model)
+
+
+def test_lists_of_token_ids_are_not_cut_with_the_layers() -> None:
+    model = dense_model("llama", True, eos_token_id=[2, 3, 4])
+    assert mlp.without_layers(model, [1]).config.eos_token_id == [2, 3, 4]
