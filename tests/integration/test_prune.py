@@ -273,7 +273,7 @@ def test_spread_over_ray_the_bytes_are_the_same(store: Store, cluster: None) -> 
         pruning.task(store, DENSE["qwen3"], f"ray.{kind}", SETTINGS["gauge-bias"], 0.4)
         for kind in ("here", "ray")
     )
-    assert finish(one)["ranks"] == finish(other, driver.map_on_ray(Execution()))["ranks"]
+    assert finish(one)["ranks"] == finish(other, map_on_ray(Execution(), log_queue))["ranks"]
     assert weights(store, one.out) == weights(store, other.out)
 
 
