@@ -1,7 +1,8 @@
 """Zeros in place of single weights: Wanda and magnitude pruning (`model/held.py` holds them through training).
 
 These are controls. They show what is lost when shapes stay as they are: nothing gets smaller or faster, since a
-dense matrix product costs the same with zeros in it. The result is a stock model whose config says `sparsekd_mask`.
+dense matrix product costs the same with zeros in it. The zeros go into the model that is given, which is not copied:
+a model that fills most of a GPU still fits. The result is a stock model whose config says `sparsekd_mask`.
 
 Wanda (Sun et al. 2023) scores a weight by |W_ij| · ‖X_j‖₂, with X_j the j-th input over all calibration tokens, and
 drops the lowest of each output row. It goes through the layers in order, and what it measures at each has passed
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsekd_ray.errors import ConfigError
-from sparsekd_ray.model.mlp import layer_count, mlp_of, mlp_weights, require_finite, with_mlps
+from sparsekd_ray.model.mlp import layer_count, mlp_of, mlp_weights, require_finite
 
 SEQUENCES_PER_BATCH = 8
 
@@ -63,34 +64,36 @@ def _check(W_mn: torch.Tensor, sparsity: float) -> None:
 
 @torch.no_grad()
 def magnitude(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
-    """A stock model with the smallest of each MLP matrix's weights at zero; sparsity is their share."""
-    masked = _unmasked_copy(model, sparsity)
+    """The model with the smallest of each MLP matrix's weights set to zero; sparsity is their share.
+
+    Raises as `wanda` does.
+    """
+    _check_model(model, sparsity)
     for layer in range(layer_count(model)):
-        for weight in mlp_weights(masked, layer).values():
+        for weight in mlp_weights(model, layer).values():
             weight.masked_fill_(~magnitude_mask(weight, sparsity), 0)
-    masked.config.sparsekd_mask = "magnitude"
-    return masked
+    model.config.sparsekd_mask = "magnitude"
+    return model
 
 
 @torch.no_grad()
 def wanda(model: PreTrainedModel, ids_BL: torch.Tensor, sparsity: float) -> PreTrainedModel:
-    """A stock model with each MLP matrix masked by Wanda; sparsity is the share of weights at zero.
+    """The model with the weights of least Wanda score set to zero in each MLP matrix; sparsity is their share.
 
     Each layer runs twice on what the pruned layers before it give: to measure, and pruned, to feed the next one.
-    One set of hidden states [B, L, D] is held. Raises ConfigError if the model has more zeros than that already,
+    One set of hidden states [B, L, D] is kept. Raises ConfigError if the model has more zeros than that already,
     ModelError, naming the tensor, if weights or activations are not finite.
     """
-    masked = _unmasked_copy(model, sparsity)
-    parts = ids_BL.to(model.device).split(SEQUENCES_PER_BATCH)
-    hidden = [masked.get_input_embeddings()(part_bL) for part_bL in parts]
-    one_of_each = {len(part_bL): part_bL for part_bL in parts}
-    arguments = {length: _layer_arguments(masked, part_bL) for length, part_bL in one_of_each.items()}
+    _check_model(model, sparsity)
+    parts = [ids_BL[i : i + SEQUENCES_PER_BATCH] for i in range(0, len(ids_BL), SEQUENCES_PER_BATCH)]
+    hidden = [model.get_input_embeddings()(part_bL.to(model.device)) for part_bL in parts]
+    one_of_each = {len(part_bL): part_bL.to(model.device) for part_bL in parts}
+    arguments = {length: _layer_arguments(model, part_bL) for length, part_bL in one_of_each.items()}
     for index in range(layer_count(model)):
-        layer = masked.get_submodule(f"model.layers.{index}")
-        weights = mlp_weights(masked, index)
+        layer, weights = model.get_submodule(f"model.layers.{index}"), mlp_weights(model, index)
         squares = {name: torch.zeros(w.shape[1], dtype=torch.float64) for name, w in weights.items()}
         hooks = [
-            masked.get_submodule(name).register_forward_pre_hook(_adder(squares, name)) for name in weights
+            model.get_submodule(name).register_forward_pre_hook(_adder(squares, name)) for name in weights
         ]
         for part_bLD in hidden:
             layer(part_bLD, **arguments[len(part_bLD)][index])
@@ -102,12 +105,14 @@ def wanda(model: PreTrainedModel, ids_BL: torch.Tensor, sparsity: float) -> PreT
             weight.masked_fill_(~wanda_mask(weight, norm_n, sparsity), 0)
         for i, part_bLD in enumerate(hidden):
             hidden[i] = layer(part_bLD, **arguments[len(part_bLD)][index])
-    masked.config.sparsekd_mask = "wanda"
-    return masked
+    model.config.sparsekd_mask = "wanda"
+    return model
 
 
-def _adder(squares: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, Any], None]:
-    def add(module: nn.Module, inputs: Any) -> None:
+def _adder(
+    squares: dict[str, torch.Tensor], name: str
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         squares[name] += inputs[0].flatten(0, -2).float().square().sum(0, dtype=torch.float64).cpu()
 
     return add
@@ -116,23 +121,23 @@ def _adder(squares: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, 
 def _layer_arguments(model: PreTrainedModel, ids_bL: torch.Tensor) -> list[dict[str, Any]]:
     """What the model passes to each of its layers beside the hidden states, for sequences of this shape.
 
-    Masks and rotary tables depend on the layer's type and on the shape alone; the model itself knows them best.
+    Masks and rotary tables depend on the layer's type and on the shape alone. The model itself knows them best.
     """
-    found: list[dict[str, Any]] = []
+    passed: list[dict[str, Any]] = []
 
-    def note(module: nn.Module, inputs: Any, arguments: dict[str, Any]) -> None:
-        found.append(arguments)
+    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> None:
+        passed.append(arguments)
 
     layers = [model.get_submodule(f"model.layers.{index}") for index in range(layer_count(model))]
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     model.base_model(input_ids=ids_bL, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return found
+    return passed
 
 
-def _unmasked_copy(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
-    """A copy to put zeros into, checked: finite weights, and no more zeros than are asked for."""
+def _check_model(model: PreTrainedModel, sparsity: float) -> None:
+    """ModelError for weights that are not finite, ConfigError for more zeros than are asked for."""
     mlps = [mlp_of(model, layer) for layer in range(layer_count(model))]
     total = sum(matrix.numel() for mlp in mlps for matrix in mlp)
     zeros = sum(int((matrix == 0).sum()) for mlp in mlps for matrix in mlp)
@@ -141,4 +146,3 @@ def _unmasked_copy(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
             f"sparsity {sparsity:.4g} of {total} MLP weights, of which {zeros} are zero now: ask for a share above "
             f"{zeros / total:.4f} and below 1"
         )
-    return with_mlps(model, mlps)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from sparsekd_ray.distill.loss import kd_loss
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import head
-from sparsekd_ray.model.mlp import MLP, layer_count, mlp_of, mlp_weights, require_finite, view, with_width
+from sparsekd_ray.model.mlp import MLP, layer_count, mlp_of, mlp_weights, require_finite, view
 from sparsekd_ray.prune.neurons import keep
 from sparsekd_ray.teacher.signal import Target
 
@@ -45,6 +45,8 @@ def select(
 ) -> list[torch.Tensor]:
     """The `width` neurons to keep in each layer, rising (SDMPrune's two phases).
 
+    The model is used up: phase 1 narrows it in place, so that no second copy is in memory.
+
     samples: token ids [L] each; targets: for each sample the teacher's L − 1 positions, at the teacher's
     temperature; alpha: weight of the KL in phase 2; first: share of the neurons that phase 1 cuts, brought to a
     multiple of `align` (matrix products of other widths are slow). Where no more than that is to go, phase 1 does
@@ -61,8 +63,8 @@ def select(
     kept = [keep(score_I, between) for score_I in scores]
     if between == width:
         return kept
-    cut = with_width(model, [_sliced(mlp_of(model, layer), kept_K) for layer, kept_K in enumerate(kept)])
-    scores = importance(cut, samples, _loss(cut, samples, targets, alpha))
+    _narrow(model, kept)
+    scores = importance(model, samples, _loss(model, samples, targets, alpha))
     return [kept_K[keep(score_K, width)] for kept_K, score_K in zip(kept, scores, strict=True)]
 
 
@@ -153,6 +155,22 @@ def _first_width(present: int, first: float, align: int) -> int:
     return min(nearest, (present - 1) // align * align)
 
 
-def _sliced(mlp: MLP, kept_K: torch.Tensor) -> MLP:
-    kept_K = kept_K.to(mlp.down_DI.device)
-    return MLP(mlp.gate_ID[kept_K], mlp.up_ID[kept_K], mlp.down_DI[:, kept_K])
+@torch.no_grad()
+def _narrow(model: PreTrainedModel, kept: Sequence[torch.Tensor]) -> None:
+    """Leaves these neurons in each layer, in place."""
+    for layer, kept_K in enumerate(kept):
+        weights = mlp_weights(model, layer)
+        *inputs, output = weights
+        for name in inputs:  # gate and up, or both in one matrix
+            parts = weights[name].chunk(3 - len(inputs))
+            _replace(model, name, torch.cat([part_ID[kept_K.to(part_ID.device)] for part_ID in parts]))
+        down_DI = weights[output]
+        _replace(model, output, down_DI[:, kept_K.to(down_DI.device)])
+    model.config.intermediate_size = len(kept[0])
+
+
+def _replace(model: PreTrainedModel, name: str, weight_mn: torch.Tensor) -> None:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear), f"{name} is an MLP matrix"
+    linear.weight = nn.Parameter(weight_mn.contiguous())
+    linear.out_features, linear.in_features = weight_mn.shape

@@ -24,7 +24,7 @@ from sparsekd_ray.teacher.signal import Target
 logger = logging.getLogger(__name__)
 
 Masking = Callable[[Task, PreTrainedModel, float], PreTrainedModel]
-"""(task, model, share of its MLP weights) → the model with zeros in their place."""
+"""(task, model, share of its MLP weights) → the model with zeros in their place, which may be the same object."""
 MASKED, IMPORTANT = "masked", "important"  # names of published results
 
 

@@ -20,7 +20,8 @@ from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.prune import calibrate, low_rank, svd
 from sparsekd_ray.prune.run import prune
 from sparsekd_ray.prune.task import Task
-from sparsekd_ray.runtime.tasks import TaskMap, map_local
+from sparsekd_ray.runtime.logging import listening
+from sparsekd_ray.runtime.tasks import TaskMap, map_local, map_on_ray
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher.forward import tokens
 
@@ -267,13 +268,13 @@ def test_a_piece_of_another_rank_is_made_again(store: Store) -> None:
 
 
 def test_spread_over_ray_the_bytes_are_the_same(store: Store, cluster: None) -> None:
-    from sparsekd_ray.cascade import driver
 
     one, other = (
         pruning.task(store, DENSE["qwen3"], f"ray.{kind}", SETTINGS["gauge-bias"], 0.4)
         for kind in ("here", "ray")
     )
-    assert finish(one)["ranks"] == finish(other, map_on_ray(Execution(), log_queue))["ranks"]
+    with listening() as log_queue:
+        assert finish(one)["ranks"] == finish(other, map_on_ray(Execution(), log_queue))["ranks"]
     assert weights(store, one.out) == weights(store, other.out)
 
 

@@ -1,5 +1,6 @@
 """SDMPrune's importance against one autograd pass per sample, its two phases against the same by hand."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -152,7 +153,9 @@ def test_two_phases_in_numbers_of_the_whole_model(family: str, dtype: torch.dtyp
     model = dense_model(family, True).to(dtype)
     target = targets(model.float(), 0.5)
     model = model.to(dtype)
-    kept = sdm.select(model, samples(), 20, targets=target, alpha=0.4, first=0.2)
+    given = copy.deepcopy(model)
+    kept = sdm.select(given, samples(), 20, targets=target, alpha=0.4, first=0.2)
+    assert given.config.intermediate_size == 36, "phase 1 narrows the model itself"
     first = [score.topk(36).indices.sort().values for score in sdm.importance(
         model, samples(), sdm._loss(model, samples(), target, 0.0)
     )]  # fmt: skip
@@ -163,7 +166,7 @@ def test_two_phases_in_numbers_of_the_whole_model(family: str, dtype: torch.dtyp
     second = sdm.importance(cut, samples(), sdm._loss(cut, samples(), target, 0.4))
     expected = [K[score.topk(20).indices.sort().values] for K, score in zip(first, second, strict=True)]
     assert [K.tolist() for K in kept] == [K.tolist() for K in expected]
-    again = sdm.select(model, torch.stack(samples()), 20, targets=target, alpha=0.4, first=0.2)
+    again = sdm.select(copy.deepcopy(model), torch.stack(samples()), 20, targets=target, alpha=0.4, first=0.2)
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
