@@ -204,6 +204,7 @@ def _cholesky(unit_nn: torch.Tensor, shift: float | torch.Tensor) -> torch.Tenso
     """Lower factor of Ĉ with `shift`, one number or one for each neuron, added to its diagonal."""
     shifted_nn = unit_nn.clone()
     shifted_nn.diagonal().add_(shift)
+    factor_nn: torch.Tensor
     factor_nn, failed = torch.linalg.cholesky_ex(shifted_nn)
     if failed:
         raise ModelError(

@@ -20,37 +20,39 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import head
+from sparsekd_ray.model.mlp import layer_count
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = (
-    1024  # bounds the activations kept for the backward pass; the last bits of a sum depend on it
-)
+# bounds the activations kept for the backward pass; the last bits of a sum depend on it
+TOKENS_PER_BATCH = 1024
 
 Sums = dict[str, Tensor]
 
 
-def collect(model: Any, ids_BL: Tensor, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-    """The statistics of the MLPs of these layers; leaves the model in eval mode, its weights frozen.
+def collect(model: PreTrainedModel, ids_BL: Tensor, layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+    """The statistics of the MLPs of these layers. Leaves the model in eval mode, its weights frozen.
 
     By layer, in fp32 on the model's device: `input.gram` [D, D] and `input.sum` [D] of the MLP's input, `inner.gram`
     and `inner.sum` of down_proj's, `fisher.<matrix>` [outputs] of each matrix by the name it has in the MLP; and
     `tokens`, the number that went into each. ModelError, with layer and tensor, for values that are not finite.
     """
     model.eval().requires_grad_(False)
-    blocks, layers = model.base_model.layers, sorted(layers)
-    found: dict[int, Sums] = {index: {} for index in layers}
-    handles = [blocks[layers[0]].mlp.register_forward_pre_hook(_begin_graph)]
+    layers = sorted(layers)
+    mlps = {index: model.get_submodule(f"model.layers.{index}.mlp") for index in layers}
+    measured: dict[int, Sums] = {index: {} for index in layers}
+    handles = [mlps[layers[0]].register_forward_pre_hook(_begin_graph)]
     for index in layers:
-        handles += _watch(blocks[index].mlp, found[index])
+        handles += _watch(mlps[index], measured[index])
     try:
         with _exact_products():
             for done, batch_BL in batches(ids_BL):
@@ -59,23 +61,25 @@ def collect(model: Any, ids_BL: Tensor, layers: Sequence[int]) -> dict[int, dict
     finally:
         for handle in handles:
             handle.remove()
-    _check(found)
-    for sums in found.values():
+    _check(measured)
+    for sums in measured.values():
         for name in [name for name in sums if name.startswith("fisher.")]:
             sums[name] /= ids_BL.numel()
         sums["tokens"] = torch.tensor(ids_BL.numel())
-    return found
+    return measured
 
 
 @torch.no_grad()
-def stack(model: Any, ids_BL: Tensor) -> dict[str, Tensor]:
+def stack(model: PreTrainedModel, ids_BL: Tensor) -> dict[str, Tensor]:
     """How the residual stream turns, fp32. ModelError for a stream that is not finite.
 
     `angle` [layers + 1, layers + 1]: mean over sequences of arccos(cos)/π between the streams entering blocks a and b
     at the last token; the last index is the stream after the last block, before the final norm. `influence` [layers]:
     1 − the mean over all tokens of cos(entering, leaving the block).
     """
-    stations = [*model.eval().base_model.layers, model.base_model.norm]
+    model.eval()
+    blocks = [model.get_submodule(f"model.layers.{index}") for index in range(layer_count(model))]
+    stations = [*blocks, model.get_submodule("model.norm")]
     stream_SBLD: list[Tensor] = []
     handles = [
         station.register_forward_pre_hook(lambda _, args: stream_SBLD.append(args[0])) for station in stations
@@ -99,7 +103,7 @@ def stack(model: Any, ids_BL: Tensor) -> dict[str, Tensor]:
 
 
 def batches(ids_BL: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(sequences so far, the next few sequences); the cuts depend on the length of a sequence and on nothing else."""
+    """(sequences so far, the next few sequences). The cuts depend on the length of a sequence and on nothing else."""
     size, done = max(1, TOKENS_PER_BATCH // ids_BL.shape[1]), 0
     for batch_BL in ids_BL.split(size):
         done += len(batch_BL)
@@ -125,21 +129,22 @@ def nll_gradient(hidden_BLD: Tensor, head_VD: Tensor, ids_BL: Tensor) -> Tensor:
     return grad_BLD
 
 
-def _forward_backward(model: Any, ids_BL: Tensor) -> None:
+def _forward_backward(model: PreTrainedModel, ids_BL: Tensor) -> None:
     hidden_BLD = head.hidden_states(model, ids_BL)
     hidden_BLD.backward(nll_gradient(hidden_BLD, head.weight(model), ids_BL))
 
 
-def _begin_graph(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _begin_graph(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Makes the first measured MLP's input the only leaf, so that nothing before it is kept or differentiated."""
     return (args[0].detach().requires_grad_(), *args[1:])
 
 
-def _watch(mlp: Any, sums: Sums) -> list[Any]:
-    """Hooks that add what passes through one MLP to `sums`; its matrices may be dense, low-rank or joint."""
+def _watch(mlp: nn.Module, sums: Sums) -> list[RemovableHandle]:
+    """Hooks that add what passes through one MLP to `sums`. Its matrices may be dense, low-rank or joint."""
+    down_proj = mlp.get_submodule("down_proj")
     handles = [
         mlp.register_forward_pre_hook(lambda _, args: _add_moments(sums, "input", args[0])),
-        mlp.down_proj.register_forward_pre_hook(lambda _, args: _add_moments(sums, "inner", args[0])),
+        down_proj.register_forward_pre_hook(lambda _, args: _add_moments(sums, "inner", args[0])),
     ]
     for name, matrix in mlp.named_children():
         if name.endswith("_proj"):
@@ -156,14 +161,14 @@ def _add_moments(sums: Sums, name: str, x_BLK: Tensor) -> None:
     sums.setdefault(f"{name}.sum", x_NK.new_zeros(width)).add_(x_NK.sum(0))
 
 
-def _fisher_hook(sums: Sums, name: str) -> Callable[[Any, Any, Tensor], None]:
+def _fisher_hook(sums: Sums, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     """A forward hook that has the gradient of the module's output squared and added on its way back."""
 
     def add(grad: Tensor) -> None:
         squares_K = grad.flatten(0, 1).float().square().sum(0)
         sums.setdefault(name, torch.zeros_like(squares_K)).add_(squares_K)
 
-    def watch(_: Any, args: Any, output: Tensor) -> None:
+    def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         output.register_hook(add)
 
     return watch
@@ -180,12 +185,12 @@ def _exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _check(found: dict[int, Sums]) -> None:
-    """Names the first sum that is not finite in the order of computation: activations up, gradients down."""
-    up = [(layer, name) for layer, sums in found.items() for name in sums if "fisher." not in name]
-    down = [(layer, name) for layer, sums in reversed(found.items()) for name in sums if "fisher." in name]
+def _check(measured: dict[int, Sums]) -> None:
+    """ModelError for the first sum that is not finite in the order of computation: activations up, gradients down."""
+    up = [(layer, name) for layer, sums in measured.items() for name in sums if "fisher." not in name]
+    down = [(layer, name) for layer, sums in reversed(measured.items()) for name in sums if "fisher." in name]
     for layer, name in up + down:
-        if not torch.isfinite(found[layer][name].sum()):
+        if not torch.isfinite(measured[layer][name].sum()):
             raise ModelError(_broken(f"layer {layer}: {name}"))
 
 

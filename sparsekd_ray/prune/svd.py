@@ -31,9 +31,10 @@ def singular_values(
     """
     DW_mn = _weighted(W_mn, gram_nn, weight_m)
     if gram_nn is None:
-        return torch.linalg.svdvals(DW_mn)
+        sigma_k: torch.Tensor = torch.linalg.svdvals(DW_mn)
+        return sigma_k
     core_nn = DW_mn if DW_mn.shape[0] <= DW_mn.shape[1] else torch.linalg.qr(DW_mn, mode="r").R
-    energy_k = torch.linalg.eigvalsh(_sandwich(core_nn, gram_nn)).flip(0)
+    energy_k: torch.Tensor = torch.linalg.eigvalsh(_sandwich(core_nn, gram_nn)).flip(0)
     return energy_k.clamp(min=0).sqrt()
 
 
