@@ -4,10 +4,11 @@
 PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 VENV := .venv
+LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 STORE ?= $(CURDIR)/store
 
-.PHONY: demo test env clean
+.PHONY: demo test test-lowest env clean
 
 demo: env
 	BIN="$(BIN)" STORE="$(STORE)" bash jobs/demo.sh
@@ -27,5 +28,15 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
+# the tests once more, at the lowest versions that pyproject.toml admits
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/pytest
+
+$(LOWEST)/.installed: constraints-lowest.txt pyproject.toml
+	"$(PYTHON)" -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt setuptools wheel ninja py-cpuinfo numpy torch
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)
