@@ -196,20 +196,23 @@ def exported(record: Record) -> str:
 
 
 def load_command(store: Store, step: Step, record: Record) -> str:
-    """Loads an export's smaller directory, from wherever it is, as a user would."""
+    """A shell command that loads an export's smaller directory, from wherever it is, as a user would.
+
+    It runs as printed wherever this run's Python and S3 settings are. A bucket's directory is copied first, below the
+    working directory.
+    """
     form = exported(record)
-    folder = f"{store.root}/{step.ref.key}/{form}"
+    path, lines = f"{store.root}/{step.ref.key}/{form}", ["from transformers import AutoModelForCausalLM"]
     if store.remote:
-        return f"aws s3 cp --recursive {folder} student && python {_loading('student', form)}"
-    return f"{shlex.quote(sys.executable)} {_loading(folder, form)}"
-
-
-def _loading(path: str, form: str) -> str:
+        copy = f"{step.ref.name}-{step.ref.fingerprint}/{form}"
+        lines += [
+            "import fsspec",
+            f"fsspec.filesystem('s3').get({path + '/'!r}, {copy + '/'!r}, recursive=True)",
+        ]
+        path = copy
     code = ", trust_remote_code=True" if form == "low-rank" else ""
-    return (
-        '-c "from transformers import AutoModelForCausalLM; '
-        f"print(AutoModelForCausalLM.from_pretrained('{path}'{code}))\""
-    )
+    lines.append(f"print(AutoModelForCausalLM.from_pretrained({path!r}{code}))")
+    return shlex.join([sys.executable, "-c", "; ".join(lines)])
 
 
 def _hardware(config: Config) -> str:
