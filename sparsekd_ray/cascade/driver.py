@@ -140,7 +140,7 @@ def _train(batch: list[Step], steps: list[Step], config: Config, store: Store, l
 
 
 def _job(step: Step, steps: list[Step]) -> Any:
-    from sparsekd_ray.distill.loop import Job
+    from sparsekd_ray.distill.job import Job
 
     assert isinstance(step.settings, Distill), f"{step.name} is a distillation"
     by_name = {step.name: step for step in steps}

@@ -17,6 +17,7 @@ else:
     Method = Literal[tuple(METHODS)]  # one for each `MethodSpec`
 Allocation = Literal["uniform", "tiered", "energy", "optimal"]
 ProtocolName = Literal["paper", "gptq", "words"]
+TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
 Control = Literal["dense+kd", "ce-only", "kl-only"]
 
 

@@ -17,7 +17,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from sparsekd_ray.config import Execution
-from sparsekd_ray.distill.loop import Job, distill
+from sparsekd_ray.distill.job import Job
+from sparsekd_ray.distill.loop import distill
 from sparsekd_ray.errors import SparseKDError
 from sparsekd_ray.runtime.logging import forwarding, headline
 from sparsekd_ray.store import Ref, Store

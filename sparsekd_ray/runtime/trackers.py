@@ -1,0 +1,131 @@
+"""Experiment trackers that a run's figures go to as well: one function per tracker that opens it.
+
+TensorBoard's files need no package more. The others are installed by whoever wants them, on the machine of the driver
+alone; addresses and keys come from their own environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI, …).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from sparsekd_ray.config.base import TrackerName
+from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.runtime.metrics import Row, Tracker
+
+PROJECT = "sparsekd-ray"
+
+Log = Callable[[dict[str, float], int], None]
+"""Takes figures by name, and the step that they belong to."""
+
+
+class Opened(NamedTuple):
+    log: Log
+    close: Callable[[], None]
+
+
+def trackio(run: str, folder: str) -> Opened:
+    import trackio
+
+    opened = trackio.init(project=PROJECT, name=run, resume="allow", embed=False)
+    return Opened(lambda figures, step: opened.log(figures, step=step), trackio.finish)
+
+
+def tensorboard(run: str, folder: str) -> Opened:
+    from tensorboardX import SummaryWriter  # which Ray brings
+
+    writer = SummaryWriter(f"{folder}/tensorboard")
+
+    def log(figures: dict[str, float], step: int) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
+
+    return Opened(log, writer.close)
+
+
+def mlflow(run: str, folder: str) -> Opened:
+    import mlflow
+
+    mlflow.set_experiment(PROJECT)
+    mlflow.start_run(run_name=run)
+    return Opened(lambda figures, step: mlflow.log_metrics(figures, step=step), mlflow.end_run)
+
+
+def wandb(run: str, folder: str) -> Opened:
+    import wandb
+
+    opened = wandb.init(project=PROJECT, name=run, id=run, resume="allow")
+
+    def log(figures: dict[str, float], step: int) -> None:
+        # W&B's own step only rises, and every stage counts from 0: the step is a figure, and the axis of the others
+        stage = next(iter(figures)).split("/")[0]
+        opened.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        opened.log({**figures, f"{stage}/step": step})
+
+    return Opened(log, opened.finish)
+
+
+class TrackerSpec(NamedTuple):
+    package: str
+    open: Callable[[str, str], Opened]
+    """Takes the name of a run and a folder for the tracker's own files."""
+
+
+TRACKERS: dict[TrackerName, TrackerSpec] = {
+    "trackio": TrackerSpec("trackio", trackio),
+    "tensorboard": TrackerSpec("tensorboardX", tensorboard),
+    "mlflow": TrackerSpec("mlflow", mlflow),
+    "wandb": TrackerSpec("wandb", wandb),
+}
+
+
+def require(name: TrackerName | None) -> None:
+    """ConfigError unless the tracker's package is installed here, where the driver runs."""
+    if name is not None and importlib.util.find_spec(package := TRACKERS[name].package) is None:
+        raise ConfigError(
+            f"execution.tracker is {name}, and the package {package} is not installed where the driver runs: "
+            f"pip install {package}, or leave execution.tracker out (metrics.jsonl is written in any case)"
+        )
+
+
+@contextmanager
+def tracking(name: TrackerName | None, run: str, folder: str) -> Iterator[Tracker | None]:
+    """The tracker of this name, for one run; None for None. ConfigError where it cannot be opened."""
+    if name is None:
+        yield None
+        return
+    require(name)
+    try:
+        opened = TRACKERS[name].open(run, folder)
+    except Exception as error:  # every tracker has exceptions of its own
+        raise ConfigError(
+            f"execution.tracker {name} cannot be opened: {error}. Check its address and key, or leave it out"
+        ) from error
+    try:
+        yield lambda row: _log(opened.log, row)
+    finally:
+        opened.close()
+
+
+def _log(log: Log, row: Row) -> None:
+    step = row.get("step")
+    if figures := dict(_figures(row, _name(str(row["stage"])))):
+        log(figures, step if isinstance(step, int) else 0)
+
+
+def _figures(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, float]]:
+    """Every number in a row by its path, as `round 1/valid_domains/code`."""
+    for key, value in values.items():
+        path = f"{prefix}/{_name(key)}"
+        if isinstance(value, Mapping):
+            yield from _figures(value, path)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+            yield path, float(value)
+
+
+def _name(text: str) -> str:
+    """In letters that every tracker takes."""
+    return re.sub(r"[^A-Za-z0-9_. -]", "-", text)
