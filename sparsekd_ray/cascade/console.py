@@ -2,49 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from sparsekd_ray.cascade import estimate
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
+from sparsekd_ray.runtime import metrics
+from sparsekd_ray.runtime.logging import headline
+from sparsekd_ray.runtime.trackers import tracking
 from sparsekd_ray.store import Record, Store
 
 Records = Mapping[str, Record]
 
 
-def begins(step: Step) -> str:
-    return f"  ▶ {step.name:<24} {step.ref.name}"
+def begins(step: Step) -> None:
+    headline(f"  ▶ {step.name:<24} {step.ref.name}")
 
 
-def ends(step: Step, store: Store) -> str:
+def ends(step: Step, store: Store) -> None:
     record = store.record(step.ref)
     assert record is not None, f"{step.name} has just been made"
-    return f"  ✓ {step.name:<24} {figure(step.kind, record):<42} {record.seconds:6.1f} s"
+    headline(f"  ✓ {step.name:<24} {figure(step.kind, record):<42} {record.seconds:6.1f} s")
+    log_figures(step, record)
+
+
+def log_figures(step: Step, record: Record) -> None:
+    """What a finished step measured, as a row of the run's live figures."""
+    measured = {"artifact": step.ref.key, "seconds": record.seconds, "metrics": record.metrics}
+    metrics.log(step.name, step.kind, time=record.created, **measured)
+
+
+@contextmanager
+def live_figures(config: Config, steps: Sequence[Step], store: Store) -> Iterator[None]:
+    """Keeps the run's `metrics.jsonl`, and its tracker if it has one, up to date while the block runs."""
+    folder = f"runs/{config.name}"
+    with (
+        tracking(config.execution.tracker, config.name, str(store.local(folder))) as tracker,
+        metrics.recording(store, f"{folder}/metrics.jsonl", tracker),
+    ):
+        for step in steps:
+            if record := store.record(step.ref):
+                log_figures(step, record)
+        yield
 
 
 def figure(kind: str, record: Record) -> str:
     """The one figure of a finished step."""
-    metrics = record.metrics
+    measured = record.metrics
     match kind:
         case "tokenizer":
-            return f"{metrics['vocab_size']:,} tokens in the vocabulary"
+            return f"{measured['vocab_size']:,} tokens in the vocabulary"
         case "corpus":
-            return f"{sum(metrics['tokens']['train'].values()):,} training tokens"
+            return f"{sum(measured['tokens']['train'].values()):,} training tokens"
         case "dense":
-            return f"{metrics['params']:,} parameters, {metrics['mlp_params'] / metrics['params']:.0%} MLP"
+            return f"{measured['params']:,} parameters, {measured['mlp_params'] / measured['params']:.0%} MLP"
         case "cache":
             stored = sum(file.size for file in record.files.values())
-            return f"{metrics['tokens']:,} tokens, {stored / metrics['tokens']:.0f} B/token"
+            return f"{measured['tokens']:,} tokens, {stored / measured['tokens']:.0f} B/token"
         case "statistics":
-            return f"{metrics['layers']} layers, {metrics['tokens']:,} tokens"
+            return f"{measured['layers']} layers, {measured['tokens']:,} tokens"
         case "prune":
-            return f"−{100 * metrics['sparsity']:.2f} % of MLP, {metrics['params']:,} parameters"
+            return f"−{100 * measured['sparsity']:.2f} % of MLP, {measured['params']:,} parameters"
         case "distill":
-            return f"validation PPL {metrics['valid_ppl']:.2f} ({metrics['stopped']})"
+            return f"validation PPL {measured['valid_ppl']:.2f} ({measured['stopped']})"
         case "evaluate":
-            return f"PPL {metrics['paper']['ppl']:.2f}"
-    forms = [name for name, found in metrics.items() if "params" in found]
-    return f"{metrics[forms[0]]['params']:,} parameters; {' and '.join(forms)}"
+            return f"PPL {measured['paper']['ppl']:.2f}"
+    forms = [name for name, found in measured.items() if "params" in found]
+    return f"{measured[forms[0]]['params']:,} parameters; {' and '.join(forms)}"
 
 
 def plan_text(config: Config, steps: list[Step], records: Records) -> str:

@@ -20,7 +20,7 @@ from sparsekd_ray.cascade import console, stages
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config, Distill, Execution
 from sparsekd_ray.runtime.cluster import connected, unwrapped
-from sparsekd_ray.runtime.logging import forwarding, headline, listening
+from sparsekd_ray.runtime.logging import forwarding, listening
 from sparsekd_ray.runtime.tasks import map_local, map_on_ray
 from sparsekd_ray.store import Ref, Store
 
@@ -97,7 +97,7 @@ def _make(batch: list[Step], steps: list[Step], config: Config, store: Store, lo
         _train(batch, steps, config, store, log_queue)
         return
     parents = {role: refs[name] for role, name in step.inputs.items()}
-    headline(console.begins(step))
+    console.begins(step)
     if step.kind == "cache":
         _capture(step, parents, config, store)
     else:
@@ -106,7 +106,7 @@ def _make(batch: list[Step], steps: list[Step], config: Config, store: Store, lo
             resources = {"num_cpus": 0, "num_gpus": 0}
         task = _run_stage.options(**resources).remote(step, parents, store, config.execution, log_queue)
         unwrapped(lambda: ray.get(task))
-    headline(console.ends(step, store))
+    console.ends(step, store)
 
 
 def _capture(step: Step, parents: dict[str, Ref], config: Config, store: Store) -> None:

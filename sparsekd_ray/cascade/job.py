@@ -27,6 +27,7 @@ from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import hub
+from sparsekd_ray.runtime import trackers
 from sparsekd_ray.runtime.logging import headline
 from sparsekd_ray.store import Record, Store
 
@@ -47,7 +48,10 @@ def main(config: Config, command: str, dry_run: bool) -> dict[str, Any]:
             "steps": len(steps),
             "missing": [s.name for s in steps if s.name not in reused],
         }
-    with store.lease(f"runs/{config.name}/driver", f"run {config.name}") as lease:
+    with (
+        store.lease(f"runs/{config.name}/driver", f"run {config.name}") as lease,
+        console.live_figures(config, steps, store),
+    ):
         write_run(config, steps, store)
         if len(records) < len(steps):
             from sparsekd_ray.cascade import driver  # imports Ray
@@ -69,6 +73,7 @@ def preflight(config: Config) -> list[Step]:
     """The plan, once every setting that can be checked without work has been; changes nothing."""
     feasibility.check_cascade(config, hub.mlp_shapes(config.model))
     check_vocabulary(config)
+    trackers.require(config.execution.tracker)
     identity = {} if config.model.standin else hub.identify(config.model)
     return plan(config, corpus.identify, identity)
 
@@ -164,19 +169,8 @@ def _render(
     summary = summarise(config, steps, records, run)
     with tempfile.TemporaryDirectory() as folder:
         render(summary, Path(folder))
-        (Path(folder) / "metrics.jsonl").write_text(metrics_jsonl(steps, records))
         for path in sorted(Path(folder).iterdir()):
             store.write_text(f"runs/{config.name}/{path.name}", path.read_text())
-
-
-def metrics_jsonl(steps: list[Step], records: dict[str, Record]) -> str:
-    """One line per finished step: what it is, what it measured."""
-    rows = [
-        {"step": step.name, "kind": step.kind, "artifact": step.ref.key}
-        | {key: getattr(records[step.name], key) for key in ("created", "seconds", "metrics")}
-        for step in steps
-    ]
-    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
 
 
 def _commands(

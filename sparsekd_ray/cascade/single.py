@@ -120,7 +120,10 @@ def make(config: Config, plan: Plan, store: Store) -> Records:
     store.check()
     records = job.find(plan, store)
     headline(console.plan_text(config, plan, records))
-    with store.lease(f"runs/{config.name}/driver", f"run {config.name}") as lease:
+    with (
+        store.lease(f"runs/{config.name}/driver", f"run {config.name}") as lease,
+        console.live_figures(config, plan, store),
+    ):
         job.write_run(config, plan, store)
         if len(records) < len(plan):
             from sparsekd_ray.cascade import driver  # imports Ray

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sparsekd_ray.config.base import Positive, Settings
+from sparsekd_ray.config.base import Positive, Settings, TrackerName
 
 
 class Card(Settings):
@@ -45,5 +45,7 @@ class Execution(Settings):
     """Sequences per worker and forward pass, at most. It does not change the result."""
     max_failures: int = Field(3, ge=0)
     """Restarts of a training worker group before the run gives up."""
+    tracker: TrackerName | None = None
+    """Where the live figures go besides `metrics.jsonl`: its package must be installed where the driver runs."""
     cards: tuple[Card, ...] = ()
     """The GPUs that you mean to use, for the estimates of a plan."""

@@ -52,13 +52,13 @@ def micro_batches(batch: int, workers: int, micro_batch: int) -> list[list[int]]
     return [split(share, steps) for share in shares]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear rise over the first `warmup` share of the steps, then a cosine to a tenth of the peak."""
+def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: float = 0.1) -> float:
+    """Linear rise over the first `warmup` share of the steps, then a cosine to `floor` times the peak."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising
     progress = (step - rising) / max(1, steps - rising)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def verdict(perplexities: Sequence[float], patience: int, min_gain: float) -> str | None:

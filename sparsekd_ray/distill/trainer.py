@@ -20,7 +20,7 @@ from sparsekd_ray.config import Execution
 from sparsekd_ray.distill.job import Job
 from sparsekd_ray.distill.loop import distill
 from sparsekd_ray.errors import SparseKDError
-from sparsekd_ray.runtime.logging import forwarding, headline
+from sparsekd_ray.runtime.logging import forwarding
 from sparsekd_ray.store import Ref, Store
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,9 @@ class Work(NamedTuple):
 
     ref: Ref
     task: Job | Callable[[], None]
-    begin: Callable[[], str]
-    end: Callable[[], str]
+    begin: Callable[[], None]
+    """Called by worker 0 before and after; they tell the driver."""
+    end: Callable[[], None]
 
 
 def train(work: list[Work], store: Store, execution: Execution, log_queue: Any) -> None:
@@ -111,7 +112,7 @@ def _do(works: list[Work], store: Store, execution: Execution, first: bool) -> N
         if ray.train.collective.broadcast_from_rank_zero(store.record(work.ref) is not None):
             continue
         if first:
-            headline(work.begin())
+            work.begin()
         if isinstance(work.task, Job):
             with store.building(work.ref):
                 distill(work.task, store, execution)
@@ -120,7 +121,7 @@ def _do(works: list[Work], store: Store, execution: Execution, first: bool) -> N
         elif first:
             work.task()
         if first:
-            headline(work.end())
+            work.end()
 
 
 def _cause(error: TrainingFailedError) -> SparseKDError | None:

@@ -7,6 +7,7 @@ Every module logs through `logging.getLogger(__name__)`. The console prints thre
 - WARNING and above: always printed, with the level before it.
 
 A process on another machine sends its records through a Ray queue (`forwarding`); the driver prints them (`listening`).
+Live figures (`runtime.metrics`) travel the same way, by a logger of their own that no console reads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 PACKAGE = logging.getLogger("sparsekd_ray")
 HEADLINES = logging.getLogger("sparsekd_ray.headlines")
+METRICS = logging.getLogger("sparsekd_metrics")
+METRICS.propagate = False
 SECONDS_BETWEEN_PROGRESS_LINES = 1.0
 
 
@@ -61,16 +64,23 @@ def setup() -> None:
 
 @contextmanager
 def forwarding(queue: Any) -> Iterator[None]:
-    """Sends this process's log lines to the driver while the block runs; `queue` is what `listening` gave."""
+    """Sends this process's log lines and figures to the driver while the block runs; `queue` is from `listening`."""
     handler = logging.handlers.QueueHandler(queue)
-    level = PACKAGE.level
-    PACKAGE.addHandler(handler)
-    PACKAGE.setLevel(logging.INFO)
+    with attached(PACKAGE, handler), attached(METRICS, handler):
+        yield
+
+
+@contextmanager
+def attached(logger: logging.Logger, handler: logging.Handler) -> Iterator[None]:
+    """Hands the logger's records from INFO on to `handler` while the block runs."""
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        PACKAGE.removeHandler(handler)
-        PACKAGE.setLevel(level)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class Relay(logging.handlers.QueueListener):

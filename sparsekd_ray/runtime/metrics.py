@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
+from sparsekd_ray.runtime.logging import METRICS, attached
 from sparsekd_ray.store import Store
 
 logger = logging.getLogger(__name__)
 
-METRICS = logging.getLogger("sparsekd_ray.metrics")
 SECONDS_BETWEEN_WRITES = 5.0
 TRAINING = "training"
 
@@ -30,8 +30,8 @@ Tracker = Callable[[Row], None]
 
 
 def log(stage: str, kind: str, **values: object) -> None:
-    """One row: `kind` is "training" for a step of a training, else the kind of the stage that is finished."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    """One row: `kind` is `TRAINING` for a step of a training, else the kind of the stage that is finished."""
+    now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     METRICS.info("", extra={"row": {"time": now, "stage": stage, "kind": kind, **values}})
 
 
@@ -48,12 +48,19 @@ class MetricsFile:
         self.rows: list[Row] = [json.loads(line) for line in (store.read_text(key) or "").splitlines()]
         self.changed = False
 
-    def add(self, row: Row) -> None:
-        """Appends a row; it replaces what a killed attempt at the same work had written from there on."""
+    def add(self, row: Row) -> bool:
+        """Appends a row, in place of what a killed attempt at the same work wrote from there on.
+
+        False, and nothing done, for a row that is there already.
+        """
+        row = json.loads(json.dumps(row))  # as it is read again
         with self.lock:
+            if row in self.rows:
+                return False
             self.rows = [other for other in self.rows if not _replaces(row, other)]
             self.rows.append(row)
             self.changed = True
+        return True
 
     def write(self) -> None:
         """Puts the file into the store, if a row came since the last time."""
@@ -81,9 +88,8 @@ class _Recorder(logging.Handler):
         self.file, self.tracker = file, tracker
 
     def emit(self, record: logging.LogRecord) -> None:
-        row: Row = getattr(record, "row", {})
-        self.file.add(row)
-        if self.tracker is None:
+        row: Row = record.__dict__["row"]
+        if not self.file.add(row) or self.tracker is None:
             return
         try:
             self.tracker(row)
@@ -102,15 +108,11 @@ def recording(store: Store, key: str, tracker: Tracker | None = None) -> Iterato
             _write(file)
 
     handler, writer = _Recorder(file, tracker), threading.Thread(target=write_regularly, daemon=True)
-    level = METRICS.level
-    METRICS.addHandler(handler)
-    METRICS.setLevel(logging.INFO)
     writer.start()
     try:
-        yield
+        with attached(METRICS, handler):
+            yield
     finally:
-        METRICS.removeHandler(handler)
-        METRICS.setLevel(level)
         finished.set()
         writer.join()
         _write(file)

@@ -117,7 +117,7 @@ def _log(log: Log, row: Row) -> None:
 
 
 def _figures(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, float]]:
-    """Every number in a row by its path, as `round 1/valid_domains/code`."""
+    """Every number in a row by its path, as `round_1/valid_domains/code`."""
     for key, value in values.items():
         path = f"{prefix}/{_name(key)}"
         if isinstance(value, Mapping):
@@ -128,4 +128,4 @@ def _figures(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, f
 
 def _name(text: str) -> str:
     """In letters that every tracker takes."""
-    return re.sub(r"[^A-Za-z0-9_. -]", "-", text)
+    return re.sub(r"[^A-Za-z0-9_]+", "_", text)

@@ -41,9 +41,11 @@ from transformers import (
 
 from sparsekd_ray import corpus
 from sparsekd_ray.config import Standin
+from sparsekd_ray.distill.schedule import learning_rate
 from sparsekd_ray.errors import CorpusError, IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, token_nll, window_nll, windows
 from sparsekd_ray.model import loading, saving, spec
+from sparsekd_ray.runtime.metrics import TRAINING, log, log_interval
 from sparsekd_ray.standin.muon import Muon
 
 logger = logging.getLogger(__name__)
@@ -133,20 +135,17 @@ def pretrain(
     tell = _teller(run, rows_RL.shape[1], settings)
     while run.step < settings.steps:
         started = time.monotonic()
-        run.learn(_batch(rows_RL, run.step, settings.batch, seed), learning_rate(run.step, settings.steps))
+        share = learning_rate(run.step, settings.steps, 1.0, WARMUP, floor=0.0)
+        run.learn(_batch(rows_RL, run.step, settings.batch, seed), share)
         run.seconds += time.monotonic() - started
         tell()
+        if run.step % log_interval(settings.steps) == 0:
+            log("dense", TRAINING, step=run.step, steps=settings.steps, loss=run.losses[-1], lr_share=share)
         if run.step % every == 0 and run.step < settings.steps:
             checkpoints.save(run.step, run.save(out / "checkpoints"))
     metrics = _metrics(run, rows_RL, valid_RL, settings)
     saving.save(run.model, tokens_dir / "tokenizer", out, _card(metrics, settings))
     return metrics
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step. It rises along a line, then falls along one that ends just above 0."""
-    rising = max(1, round(WARMUP * steps))
-    return min((step + 1) / rising, (steps - step) / max(1, steps - rising))
 
 
 def batch_rows(step: int, batch: int, rows: int, seed: int) -> list[int]:

@@ -61,8 +61,12 @@ def test_a_finished_run_has_all_it_promises(finished):
     for row in summary["rows"][2:]:
         assert abs(row["sparsity"] - 0.3) <= 0.02, "a rank is 1.6 % of so small a model's MLP"
     assert "<svg" in (folder / "report.html").read_text()
-    kinds = [json.loads(line)["kind"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {"cache", "distill", "evaluate", "export", "prune", "statistics"} <= set(kinds)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kinds = {"cache", "distill", "evaluate", "export", "prune", "statistics", "training"}
+    assert kinds <= {row["kind"] for row in rows}
+    trained = [row for row in rows if (row["stage"], row["kind"]) == ("round 1", "training")]
+    assert [row["step"] for row in trained] == list(range(trained[-1]["steps"] + 1))
+    assert {"kl", "ce", "lr", "tokens_per_s", "memory_gb", "valid_ppl"} <= trained[-1].keys()
 
 
 def test_a_mask_is_the_same_after_distillation(finished):

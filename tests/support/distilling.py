@@ -184,7 +184,7 @@ def main(root: str) -> None:
     outcomes["undisturbed"] = work(store, job("undisturbed", **several), 2)
     outcomes["killed"] = work(store, job("resumed", **several), 2, die_in_step(KILLED_AT))
     outcomes["resumed"] = work(store, job("resumed", **several), 2, die_in_step(VALIDATE_EVERY - 1))
-    outcomes["diverged"] = work(store, job("diverged", epochs=4, lr=1e38, warmup=0.0), 2)
+    outcomes["diverged"] = work(store, job("diverged", epochs=4, lr=1e15, warmup=0.0), 2)
     outcomes["idle"] = work(store, job("idle", epochs=9, validate_every=1, patience=2, lr=1e-12), 2)
     (Path(root) / "outcomes.json").write_text(json.dumps(outcomes))
 

@@ -49,6 +49,13 @@ def test_learning_rate_rises_then_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(1e-4)
 
 
+def test_learning_rate_may_fall_to_zero_after_the_last_step():
+    rates = [schedule.learning_rate(step, 100, 1.0, 0.05, floor=0.0) for step in range(101)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert 0 < rates[99] < 1e-3 and rates[100] == pytest.approx(0)
+    assert schedule.learning_rate(0, 1, 1.0, 0.05, floor=0.0) == 1
+
+
 @pytest.mark.parametrize(
     "perplexities, expected",
     [

@@ -184,14 +184,6 @@ def test_stacked_update_equals_a_loop_over_matrices(parts: list[int] | None) -> 
 # Schedule and order
 
 
-def test_learning_rate_rises_and_falls_and_is_never_zero() -> None:
-    shares = [pretrain.learning_rate(step, 100) for step in range(100)]
-    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert np.allclose(np.diff(shares[5:]), -1 / 95)
-    assert min(shares) == pytest.approx(1 / 95) and max(shares) == 1
-    assert pretrain.learning_rate(0, 1) == 1
-
-
 def test_each_pass_takes_every_row_once_in_an_order_of_its_own() -> None:
     rows = [row for step in range(10) for row in pretrain.batch_rows(step, 4, 20, seed=5)]
     assert sorted(rows[:20]) == sorted(rows[20:]) == list(range(20))
