@@ -25,7 +25,7 @@ from sparsekd_ray.distill.job import Job, Training
 from sparsekd_ray.distill.reader import SampleReader
 from sparsekd_ray.distill.state import Validation
 from sparsekd_ray.errors import ModelError
-from sparsekd_ray.model import loading, masks, saving
+from sparsekd_ray.model import head, loading, masks, saving
 from sparsekd_ray.runtime import collectives, metrics
 from sparsekd_ray.store import Store
 from sparsekd_ray.store.checkpoints import Checkpoints
@@ -97,7 +97,7 @@ def _check(manifest: CacheManifest, vocab_size: int, tokenizer_hash: str, job: J
 def _freeze(model: PreTrainedModel, settings: Distill) -> None:
     if not settings.train_embeddings:
         model.get_input_embeddings().requires_grad_(False)
-        model.get_output_embeddings().requires_grad_(False)
+        head.weight(model).requires_grad_(False)
 
 
 def _train(training: Training, checkpoints: Checkpoints) -> None:

@@ -39,8 +39,10 @@ def kd_loss(
     Only the first value carries a gradient, to `hidden_ND` and, unless it is frozen, to `head_VD`.
     The caller chooses the weights: α / N and (1 − α) / N for the mean over N positions, wherever those are.
     """
-    loss, kl, ce = _ChunkedKD.apply(hidden_ND, head_VD, labels_N, target, temperature, kl_weight, ce_weight)
-    return loss, kl, ce
+    sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _ChunkedKD.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head_VD, labels_N, target, temperature, kl_weight, ce_weight
+    )
+    return sums
 
 
 class _ChunkedKD(torch.autograd.Function):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class SampleReader:
             found.append(Target(*(column.clone() for column in rows.part(row))))  # not the shard's memory
         return found
 
-    def batch(self, samples: list[tuple[int, int]], device: Any) -> Batch:
+    def batch(self, samples: list[tuple[int, int]], device: torch.device | str) -> Batch:
         """The samples as one batch on `device`."""
         rows = [(self._shard(shard), row) for shard, row in samples]
         tokens = [torch.from_numpy(shard.tokens(row)).long() for shard, row in rows]

@@ -68,7 +68,7 @@ def token_nll(model: PreTrainedModel, tokens_BL: torch.Tensor) -> torch.Tensor:
     """
     hidden_BLD = head.hidden_states(model, tokens_BL[:, :-1])
     logits = head.chunks(hidden_BLD.flatten(0, 1), head.weight(model))
-    labels = tokens_BL[:, 1:].flatten().split(head.ROWS_PER_CHUNK)
+    labels = torch.split(tokens_BL[:, 1:].flatten(), head.ROWS_PER_CHUNK)
     nll = [F.cross_entropy(x_nV, y_n, reduction="none") for x_nV, y_n in zip(logits, labels, strict=True)]
     return torch.cat(nll).view(hidden_BLD.shape[:2])
 

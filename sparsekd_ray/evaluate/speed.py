@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sparsekd_ray.model import families, spec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def flops_per_token(config: Any, context: int) -> float:
+
+def flops_per_token(config: spec.Config, context: int) -> float:
     """Floating-point operations of a token in a prefill of `context` tokens, without the head."""
     values = spec.config_dict(config)
     vocabulary, hidden, layers = spec.sizes(values, "vocab_size", "hidden_size", "num_hidden_layers")
@@ -29,14 +32,14 @@ def flops_per_token(config: Any, context: int) -> float:
     )  # a token attends to half the context on average
 
 
-def bytes_per_token(config: Any, itemsize: int) -> float:
+def bytes_per_token(config: spec.Config, itemsize: int) -> float:
     """Bytes of weights that are read to decode one token of one sequence: all but an untied input embedding."""
     values = spec.config_dict(config)
     table = math.prod(spec.sizes(values, "vocab_size", "hidden_size"))
     return itemsize * (spec.total_parameters(values) - (0 if values.get("tie_word_embeddings") else table))
 
 
-def limits(dense: Any, student: Any, context: int) -> dict[str, float]:
+def limits(dense: spec.Config, student: spec.Config, context: int) -> dict[str, float]:
     """The largest possible speed-up of the student over `dense`, by operations and by bytes."""
     return {
         "prefill_limit": flops_per_token(dense, context) / flops_per_token(student, context),
@@ -44,7 +47,9 @@ def limits(dense: Any, student: Any, context: int) -> dict[str, float]:
     }
 
 
-def compare(dense: Any, student: Any, *, prompt: int, new_tokens: int, repeats: int) -> dict[str, float]:
+def compare(
+    dense: PreTrainedModel, student: PreTrainedModel, *, prompt: int, new_tokens: int, repeats: int
+) -> dict[str, float]:
     """Speeds of two models in memory and how many times faster the student is, medians over `repeats` turns.
 
     `prompt`: tokens of one sequence in a prefill, and before the decoding of `new_tokens` more, one at a time.
@@ -61,7 +66,7 @@ def compare(dense: Any, student: Any, *, prompt: int, new_tokens: int, repeats: 
 
 
 @torch.inference_mode()
-def timed(model: Any, prompt: int, new_tokens: int) -> dict[str, float]:
+def timed(model: PreTrainedModel, prompt: int, new_tokens: int) -> dict[str, float]:
     """Seconds of one prefill, and of decoding after it."""
     ids = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size
     started = _now(model)
@@ -73,13 +78,13 @@ def timed(model: Any, prompt: int, new_tokens: int) -> dict[str, float]:
     return {"prefill": filled - started, "decode": _now(model) - filled}
 
 
-def _now(model: Any) -> float:
+def _now(model: PreTrainedModel) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
 
 
-def _heads(values: dict[str, Any]) -> int:
+def _heads(values: dict[str, object]) -> int:
     """Numbers in all query heads together."""
     attention = families.meta_model(spec.stock_values(values)).get_submodule(
         "model.layers.0.self_attn.o_proj"

@@ -35,7 +35,7 @@ def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor) -> Tensor:
 
 def weight(model: PreTrainedModel) -> Tensor:
     """The head's weight [V, D]; that of the embedding where the two are tied."""
-    head_VD: Tensor = model.get_output_embeddings().weight
+    head_VD: Tensor = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     return head_VD
 
 
@@ -50,7 +50,7 @@ def logits(hidden_nD: Tensor, head_VD: Tensor) -> Tensor:
 
 def chunks(hidden_ND: Tensor, head_VD: Tensor) -> Iterator[Tensor]:
     """The logits of all rows in order, `ROWS_PER_CHUNK` rows at a time."""
-    for hidden_nD in hidden_ND.split(ROWS_PER_CHUNK):
+    for hidden_nD in torch.split(hidden_ND, ROWS_PER_CHUNK):
         yield logits(hidden_nD, head_VD)
 
 

@@ -40,7 +40,7 @@ def outcome(store: Store, name: str) -> str:
 def metrics(store: Store, name: str) -> dict:
     record = store.record(Ref("distill", name, "ff66"))
     assert record is not None
-    return record.metrics if hasattr(record, "metrics") else record["metrics"]
+    return record.metrics
 
 
 def weights(store: Store, name: str) -> dict[str, torch.Tensor]:
