@@ -16,9 +16,10 @@ from typing import Any
 
 import ray
 
+from sparsekd_ray import corpus
 from sparsekd_ray.cascade import console, stages
 from sparsekd_ray.cascade.steps import Step
-from sparsekd_ray.config import Config, Distill, Execution
+from sparsekd_ray.config import Config, Corpus, Distill, Execution
 from sparsekd_ray.runtime.cluster import connected, unwrapped
 from sparsekd_ray.runtime.logging import forwarding, listening
 from sparsekd_ray.runtime.tasks import map_local, map_on_ray
@@ -42,6 +43,9 @@ def run(config: Config, steps: list[Step], store: Store, still_ours: Callable[[]
     `still_ours` raises StoreError if another driver has taken the run over.
     """
     pending = [step for step in steps if store.record(step.ref) is None]
+    for step in pending:
+        if isinstance(step.settings, Corpus):
+            corpus.check_hub(step.settings)  # before a model is fetched
     processes = side_by_side(pending, config.execution)
     with connected(config.execution, processes), listening() as log_queue:
         threading.Thread(target=_import_ahead, daemon=True).start()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparsekd_ray import corpus
 from sparsekd_ray.cascade import fingerprint
 from sparsekd_ray.config import (
     Calibrate,
@@ -107,11 +108,13 @@ class PlanBuilder:
 def dense(builder: PlanBuilder, identify: Identify, model_identity: Mapping[str, Any]) -> None:
     """The steps up to the dense model, the corpus and the dense model's figures."""
     config = builder.config
-    if config.model.standin is None:
+    standin = config.model.standin
+    corpus.check_settings(config.corpus, None if standin else hub.local_directory(config.model))
+    if standin is None:
         builder.add("dense", "dense", hub.label(config.model), dict(model_identity), {}, config.model)
         _corpus(builder, identify, "dense")
     else:
-        _standin(builder, config, config.model.standin, identify)
+        _standin(builder, config, standin, identify)
     evaluate(builder, "dense")
 
 

@@ -8,7 +8,7 @@ into `shards`, and keeps the raw `test_text`. `identity` is asked before any wor
 from sparsekd_ray.corpus.build import build
 from sparsekd_ray.corpus.documents import Document
 from sparsekd_ray.corpus.held_out import train_documents
-from sparsekd_ray.corpus.identity import check_readable, identify
+from sparsekd_ray.corpus.identity import check_hub, check_settings, identify
 from sparsekd_ray.corpus.shards import (
     MANIFEST,
     Manifest,
@@ -27,7 +27,8 @@ __all__ = [
     "Document",
     "Manifest",
     "build",
-    "check_readable",
+    "check_hub",
+    "check_settings",
     "documents",
     "domain_streams",
     "identify",

@@ -6,8 +6,9 @@ and the calibration mix leave out the same documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from sparsekd_ray.config import Corpus, Source
 from sparsekd_ray.corpus.documents import Document
@@ -17,6 +18,7 @@ from sparsekd_ray.corpus.splits import shares, side
 
 PASSAGE = 0.25  # of a held-out split's rows, from one document
 CHARACTERS = 8  # set aside for each test token; text has three to five
+KEPT_OUT = 32_000_000  # characters of a test set that training text may not repeat, judged by or not
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class SetAside:
     """The test documents of one source, in order."""
 
     documents: list[Document]
-    complete: bool
+    complete: bool = False
     """Whether these are all test documents there are: `source.test` was read to its end."""
+    others: Sequence[Document] = ()
+    """More of a test set than is judged by. It is kept out of training as well: somebody may judge by it later."""
 
 
 @dataclass
@@ -56,7 +60,8 @@ def _set_aside(source: Source, rows: int, corpus: Corpus, seed: int) -> SetAside
     characters = rows * corpus.seq_len * CHARACTERS
     elsewhere = test_source(source)
     if elsewhere is not None:
-        return SetAside(*read_in_order(elsewhere, characters))
+        documents, complete = read_in_order(elsewhere, characters)
+        return SetAside(documents, complete, () if complete else read_in_order(elsewhere, KEPT_OUT)[0])
     taken: list[Document] = []
     for document in read(source, seed):
         if characters <= 0:
@@ -64,7 +69,7 @@ def _set_aside(source: Source, rows: int, corpus: Corpus, seed: int) -> SetAside
         if side(document.text, corpus.held_out) == "test":
             taken.append(document)
             characters -= min(len(document.text), longest(rows, corpus.seq_len) * CHARACTERS)
-    return SetAside(taken, False)
+    return SetAside(taken)
 
 
 def test_index(corpus: Corpus, own: dict[str, SetAside], seed: int) -> TestIndex:
@@ -73,7 +78,8 @@ def test_index(corpus: Corpus, own: dict[str, SetAside], seed: int) -> TestIndex
     Of an excluded source as many are taken as all of `corpus.test_samples` could need: its share is not known here.
     """
     others = [_set_aside(source, corpus.test_samples, corpus, seed) for source in corpus.exclude]
-    return TestIndex([document.text for document in part.documents] for part in (*own.values(), *others))
+    sets = (chain(part.documents, part.others) for part in (*own.values(), *others))
+    return TestIndex((document.text for document in documents) for documents in sets)
 
 
 def split_documents(

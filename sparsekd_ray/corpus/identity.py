@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekd_ray.config import Corpus, Source
@@ -13,6 +14,7 @@ from sparsekd_ray.corpus.matching import matching_files, readable
 from sparsekd_ray.corpus.sources import EMBEDDED, HUB, JUDGED_ROWS, beginning, hub_name, test_source
 from sparsekd_ray.corpus.splits import quotas
 from sparsekd_ray.corpus.template import columns
+from sparsekd_ray.corpus.tokens import check_context, load_encoder
 from sparsekd_ray.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -31,9 +33,20 @@ def identify(source: Source) -> dict[str, Any]:
     return settings | {"content": _content(source), "test": _content(held_out) if held_out else None}
 
 
-def check_readable(corpus: Corpus) -> None:
-    """CorpusError unless every source gives a first document; asks the hub for those that are there."""
+def check_settings(corpus: Corpus, model: Path | None) -> None:
+    """CorpusError for settings that cannot work, as far as they tell without reading text.
+
+    model: the directory of the dense model, where it is known already.
+    """
     quotas(corpus)
+    if model is not None:
+        check_context(model, corpus.seq_len)
+        if corpus.separator is not None:
+            load_encoder(model, corpus.separator)
+
+
+def check_hub(corpus: Corpus) -> None:
+    """CorpusError unless every hub data set of the corpus gives a first document. `identify` reads only files."""
     for source in (*corpus.sources, *corpus.exclude):
         for part in (source, test_source(source)):
             if part is not None and part.path.startswith(HUB):
@@ -51,7 +64,9 @@ def _content(source: Source) -> dict[str, Any]:
         return {"files": digests}
     name, config = hub_name(source.path)
     if name.startswith("/"):
-        return {"files": _digests(f"{name}/**", ("",)), "split": source.split}
+        digests = _digests(f"{name}/**", ("",))
+        _check_beginning(source)
+        return {"files": digests, "split": source.split}
     return {"hub": name, "config": config, "split": source.split, "revision": source.revision}
 
 
