@@ -53,8 +53,8 @@ class Standin(Settings):
 class Shape(Settings):
     """Shape of a model, for plans that are made before its weights are at hand. Loading checks it against the model."""
 
-    family: Literal["phi3", "qwen3"]
-    """Architecture."""
+    family: str
+    """`model_type` of its config.json, such as phi3, qwen3 or llama."""
     hidden: Positive
     """Width of the residual stream."""
     intermediate: Positive
