@@ -151,7 +151,7 @@ def test_the_drawing_is_a_png(distilled: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("methods", "sparsity", "message"),
     [
-        (("svd",), 0.9999, "--sparsity 0.9999: asks for .* can remove at most"),
+        (("svd",), 0.9999, "--sparsity 0.9999: svd: asks for .* can remove at most"),
         (("svd-whitened+gauge",), 0.9999, "can remove at most"),
         (("magnitude", "neurons"), 0.9999, "--sparsity 0.9999: neurons: .* ask for a sparsity"),
         (("depth",), 0.05, "--sparsity 0.05: depth: .* whole layers allow"),
@@ -194,7 +194,12 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
     assert all(row["prefill_speedup"] > 0 < row["decode_speedup"] for row in found[1:])
     assert found[1]["flops_per_token"] < found[0]["flops_per_token"] > found[2]["flops_per_token"]
     kept = json.loads(store.read_text("runs/tiny/comparison.json") or "")
-    assert kept["rows"] == found and kept["command"] == "command" and "stride 16" in kept["protocol"]
+    assert (
+        kept["rows"] == found
+        and kept["command"] == "command"
+        and kept["device"] == "cpu"
+        and "stride 16" in kept["protocol"]
+    )
     assert (tmp_path / "runs/tiny/comparison.png").is_file()
     with recorded() as lines:
         result = single.run(config, "prune", single.prune(config, 0.5), dry_run=False)
