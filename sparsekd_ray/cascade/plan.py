@@ -76,13 +76,15 @@ def _rounds(builder: PlanBuilder, config: Config, seed: int) -> None:
 
 
 def _baselines(builder: PlanBuilder, config: Config, seed: int) -> None:
-    for branch in config.cascade.baselines:
-        teacher = seeded("dense+kd", config, seed) if branch.teacher == "dense+kd" else "dense"
-        pruning = config.prune.model_copy(update={"method": branch.method, "allocation": branch.allocation})
-        changed = {key: value for key in ("lr", "epochs") if (value := getattr(branch, key)) is not None}
+    for baseline in config.cascade.baselines:
+        teacher = seeded("dense+kd", config, seed) if baseline.teacher == "dense+kd" else "dense"
+        pruning = config.prune.model_copy(
+            update={"method": baseline.method, "allocation": baseline.allocation}
+        )
+        changed = {key: value for key in ("lr", "epochs") if (value := getattr(baseline, key)) is not None}
         settings = config.distill.model_copy(update=changed)
-        name = seeded(branch.title, config, seed)
-        _student(builder, name, branch.sparsity, "dense", teacher, pruning, settings, seed)
+        name = seeded(baseline.title, config, seed)
+        _student(builder, name, baseline.sparsity, "dense", teacher, pruning, settings, seed)
 
 
 def _student(

@@ -138,9 +138,9 @@ def rows(
 
 def protocol(config: Config, records: Mapping[str, Record], draws: Sequence[int]) -> str:
     """How the figures were measured, in words."""
-    found = records["evaluate dense"].metrics
+    dense = records["evaluate dense"].metrics
     return (
-        f"Protocol `paper`: {found['paper']['sentence']}; computed in {found['dtype']}. "
+        f"Protocol `paper`: {dense['paper']['sentence']}; computed in {dense['dtype']}. "
         f"Statistics of {config.calibrate.samples} training sequences, {len(draws)} "
         f"draw{'s' if len(draws) > 1 else ''} of them. Distillation, where done: of the first draw, "
         f"seed {config.cascade.seeds[0]}, {config.distill.epochs:g} × {config.corpus.samples} sequences of "
@@ -149,7 +149,7 @@ def protocol(config: Config, records: Mapping[str, Record], draws: Sequence[int]
 
 
 def _row(method: str, allocation: str, sparsity: float, figures: list[dict[str, Any]]) -> dict[str, Any]:
-    totals = [found["ppl"] for found in figures]
+    totals = [figure["ppl"] for figure in figures]
     spread = stdev(totals) if len(totals) > 1 else 0.0
     named = {"method": method, "allocation": allocation, "sparsity": sparsity}
     unknown = dict.fromkeys(("removed", "ppl_after", "ppl_after_by_corpus", "predicted_loss", "seconds"))

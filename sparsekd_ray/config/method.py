@@ -172,10 +172,10 @@ class Cascade(Settings):
         sizes = [r.sparsity for r in self.rounds]
         if sizes != sorted(set(sizes)):
             raise ValueError(f"cascade.rounds must remove more and more, found sparsities {sizes}")
-        teachers = {r.teacher for r in self.rounds} | {branch.teacher for branch in self.baselines}
+        teachers = {r.teacher for r in self.rounds} | {baseline.teacher for baseline in self.baselines}
         if "dense+kd" in teachers and "dense+kd" not in self.controls:
             raise ValueError("a student has the teacher dense+kd: keep dense+kd in cascade.controls")
-        titles = [branch.title for branch in self.baselines]
+        titles = [baseline.title for baseline in self.baselines]
         if len(set(titles)) != len(titles):
             raise ValueError(f"cascade.baselines repeats a method at one sparsity: {titles}")
         return self

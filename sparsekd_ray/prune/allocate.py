@@ -36,7 +36,7 @@ Ranks = dict[str, int | None]
 
 def protected_names(names: Collection[str]) -> frozenset[str]:
     """SparseKD's protected tier: the MLP matrices of the first and the last layer, and every down_proj."""
-    layers = {name: int(found[1]) for name in names if (found := re.search(r"\blayers\.(\d+)\.", name))}
+    layers = {name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
     edges = {min(layers.values()), max(layers.values())} if layers else set()
     return frozenset(name for name in names if layers.get(name) in edges or name.endswith("down_proj"))
 
@@ -123,12 +123,12 @@ def _check_numbers(
 
 
 def _options(loss: np.ndarray, m: int, n: int, align: int, gauge: bool, bias: bool) -> Options:
-    held = len(loss) - 1 if len(loss) - 1 < min(m, n) else None
-    present = parameters(m, n, held, gauge, bias)
+    present_rank = len(loss) - 1 if len(loss) - 1 < min(m, n) else None
+    present = parameters(m, n, present_rank, gauge, bias)
     costs = {r: parameters(m, n, r, gauge, bias) for r in aligned_ranks(m, n, align, gauge, bias)}
     ranks = [r for r, cost in costs.items() if cost < present]
     return Options(
-        ranks=(*ranks, held),
+        ranks=(*ranks, present_rank),
         costs=np.array([*(costs[r] for r in ranks), present], dtype=np.int64),
         losses=np.append(loss[ranks], 0.0),
     )

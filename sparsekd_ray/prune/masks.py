@@ -1,4 +1,4 @@
-"""Zeros in place of single weights: Wanda and magnitude pruning (`model/held.py` holds them through training).
+"""Zeros in place of single weights: Wanda and magnitude pruning (`model/masks.py` keeps them through training).
 
 These are controls. They show what is lost when shapes stay as they are: nothing gets smaller or faster, since a
 dense matrix product costs the same with zeros in it. The zeros go into the model that is given, which is not copied:

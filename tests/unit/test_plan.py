@@ -1,7 +1,6 @@
 """The plan: identity apart from execution, shared steps, order; every shipped configuration loads and plans."""
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from cascades import LAPTOP, changed
@@ -12,7 +11,7 @@ from sparsekd_ray.cascade.driver import next_batch
 from sparsekd_ray.cascade.estimate import parameters
 from sparsekd_ray.cascade.fingerprint import fingerprint
 from sparsekd_ray.cascade.plan import plan
-from sparsekd_ray.config import Config, Method, Shape, load, parse
+from sparsekd_ray.config import Config, Shape, load, parse
 from sparsekd_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
@@ -175,27 +174,32 @@ def test_every_size_of_every_method_is_checked_before_any_work(method, more, rou
         job.preflight(parse(tree, "test"))
 
 
-@pytest.mark.parametrize("method", get_args(Method))
-def test_every_method_makes_rounds_and_stands_beside_them(method):
+INPUTS = {  # of each method with the default allocation of a round, and of a baseline
+    "svd": ((), ("statistics",)),
+    "svd-whitened": (("statistics",),) * 2,
+    "neurons": (("statistics",),) * 2,
+    "sdm": (("statistics", "texts", "cache"),) * 2,
+    "depth": (("statistics",),) * 2,
+    "wanda": (("texts",),) * 2,
+    "magnitude": ((),) * 2,
+}
+
+
+@pytest.mark.parametrize("method", INPUTS)
+def test_every_method_makes_rounds_and_baselines(method):
     tree = load(LAPTOP).model_dump(mode="json")
     tree["prune"] |= {"method": method, "temperature": 1.0}
     tree["cascade"] |= {
         "rounds": [{"sparsity": 0.25}, {"sparsity": 0.5}],
-        "baselines": [{"method": other, "sparsity": 0.5} for other in get_args(Method)],
+        "baselines": [{"method": other, "sparsity": 0.5} for other in INPUTS],
     }
     steps = {step.name: step for step in job.preflight(parse(tree, "test"))}
-    sources = {"round 1": "dense", "round 2": "round 1"}
-    sources |= {f"{other} 50%": "dense" for other in get_args(Method)}
-    for name, source in sources.items():
+    students = [("round 1", method, "dense", 0), ("round 2", method, "round 1", 0)]
+    students += [(f"{other} 50%", other, "dense", 1) for other in INPUTS]
+    for name, kind, source, index in students:
         step = steps[f"{name} pruned"]
-        needed = {"model": source, "dense": "dense"}
-        kind, allocation = step.identity["method"], step.identity.get("allocation")
-        if kind in ("svd-whitened", "neurons", "sdm", "depth") or (kind, allocation) == ("svd", "optimal"):
-            needed["statistics"] = f"statistics {source}"
-        if kind in ("wanda", "sdm"):
-            needed["texts"] = "corpus"
-        if kind == "sdm":
-            needed["cache"] = "cache dense"
+        made_by = {"statistics": f"statistics {source}", "texts": "corpus", "cache": "cache dense"}
+        needed = {"model": source, "dense": "dense"} | {role: made_by[role] for role in INPUTS[kind][index]}
         assert step.inputs == needed
         assert steps[f"export {name}"].identity == {"sparsity": step.identity["sparsity"], "method": kind}
 
