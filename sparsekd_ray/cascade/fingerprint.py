@@ -14,11 +14,11 @@ from collections.abc import Mapping
 VERSIONS = {
     "tokenizer": 2,
     "corpus": 3,
-    "dense": 2,
+    "dense": 3,
     "cache": 2,
-    "statistics": 1,
+    "statistics": 2,
     "prune": 2,
-    "distill": 1,
+    "distill": 2,
     "evaluate": 2,
     "export": 2,
 }
