@@ -4,8 +4,8 @@
     python -m benchmarks cache-read                   tokens per second of reading a cache, one core
     python -m benchmarks capture                      capture against the bare forward pass, local and S3
     python -m benchmarks signals --store store        students of topk, sampled and live full KL, three seeds
-    python -m benchmarks prune                        seconds and memory of factorisations at real shapes
-    python -m benchmarks speed                        prefill and decode of pruned models, beside their limits
+    python -m benchmarks prune [--gpu]                seconds and memory of factorisations at real shapes
+    python -m benchmarks speed [--gpu]                prefill and decode of pruned models, beside their limits
 
 `--store` is a store that holds a finished `make demo`, for its trained models.
 """
@@ -14,16 +14,20 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch
 
 import tyro
+from tyro.conf import FlagCreatePairsOff
 
 from sparsekd_ray import cli
-from sparsekd_ray.errors import SparseKDError
+from sparsekd_ray.errors import ConfigError, SparseKDError
 from sparsekd_ray.runtime.logging import headline, setup
+
+Flag = FlagCreatePairsOff[bool]
 
 
 def cache_size(store: str, sequences: int = 32, real_sequences: int = 256) -> dict[str, Any]:
@@ -90,14 +94,15 @@ def signals(
     return {"rows": rows}
 
 
-def prune(models: str = "phi4-mini,qwen3-0.6b", processes: int = 2) -> dict[str, Any]:
+def prune(models: str = "phi4-mini,qwen3-0.6b", processes: int = 2, gpu: Flag = False) -> dict[str, Any]:
     """Args:
     models: Whose shapes, with random weights.
-    processes: Over which factorisations are spread.
+    processes: Over which factorisations are spread on a CPU.
+    gpu: Factorise on this machine's GPU.
     """
     from benchmarks import prune as measured
 
-    figures = measured.factorisations(models, processes)
+    figures = measured.factorisations(models, processes, _device(gpu))
     cli.table([{"figure": key, "value": value} for key, value in figures.items()])
     return figures
 
@@ -107,32 +112,46 @@ def speed(
     layers: int = 4,
     sparsities: tuple[float, ...] = (0.35, 0.65),
     repeats: int = 5,
+    gpu: Flag = False,
 ) -> dict[str, Any]:
     """Args:
     shape: Widths of the models, qwen3_0_6b or phi4_mini.
     layers: Layers, of which a model needs few to be measured.
     sparsities: Shares of the MLP parameters removed.
     repeats: Turns of each pair of models, of which the medians count.
+    gpu: Measure on this machine's GPU, in bf16.
     """
     from benchmarks import speed as measured
 
-    rows = measured.table(shape, layers, sparsities, repeats)
+    device = _device(gpu)
+    rows = measured.table(shape, layers, sparsities, repeats, device)
     cli.table(rows)
-    return {"shape": shape, "layers": layers, "rows": rows}
+    return {"shape": shape, "layers": layers, "device": device, "rows": rows}
+
+
+def _device(gpu: bool) -> str:
+    """Where to measure. ConfigError if a GPU is asked for and none is here."""
+    import torch
+
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError("--gpu: torch finds no GPU on this machine; leave --gpu out to measure its CPU")
+    return "cuda" if gpu else "cpu"
+
+
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "cache-size": cache_size,
+    "cache-read": cache_read,
+    "capture": capture,
+    "signals": signals,
+    "prune": prune,
+    "speed": speed,
+}
 
 
 def main() -> int:
-    jobs: dict[str, Any] = {
-        "cache-size": cache_size,
-        "cache-read": cache_read,
-        "capture": capture,
-        "signals": signals,
-        "prune": prune,
-        "speed": speed,
-    }
     setup()
     try:
-        figures: Any = tyro.extras.subcommand_cli_from_dict(jobs, description=__doc__)
+        figures: Any = tyro.extras.subcommand_cli_from_dict(BENCHMARKS, description=__doc__)
     except SparseKDError as error:
         return cli.fail(error)
     headline(f"RESULT {json.dumps(figures)}")

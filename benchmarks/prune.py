@@ -33,16 +33,16 @@ MODELS = {
 SPARSITY, ALIGN, EACH = 0.15, 64, 4  # EACH: factorisations per process in the measurement of efficiency
 
 
-def factorisations(models: str, processes: int) -> dict[str, Any]:
-    """Figures of the named models ("phi4-mini,qwen3-0.6b") and the parallel efficiency over `processes` cores.
+def factorisations(models: str, processes: int, device: str) -> dict[str, Any]:
+    """Figures of the named models ("phi4-mini,qwen3-0.6b"); on a CPU also the parallel efficiency over its cores.
 
     Of each model the seconds of one layer (spectra and factors, `processes` threads) and its peak in GiB; then,
     from these, seconds of all spectra and of all factors, and of the optimal allocation at full size.
     """
-    found: dict[str, Any] = {"parallel_efficiency": _efficiency(processes)}
+    found: dict[str, Any] = {} if device == "cuda" else {"parallel_efficiency": _efficiency(processes)}
     for model in models.split(","):
         key, layers = model.replace("-", "_").replace(".", "_"), MODELS[model]["num_hidden_layers"]
-        matrices = [_alone(_matrix, shape, processes) for shape in _layer(model).values()]
+        matrices = [_alone(_matrix, shape, processes, device) for shape in _layer(model).values()]
         for (name, shape), (spectrum, factors, peak) in zip(_layer(model).items(), matrices, strict=True):
             headline(
                 f"{model} {name} {shape}: spectrum {spectrum:.1f} s, factors {factors:.1f} s, peak {peak:.2f} GiB"
@@ -75,18 +75,28 @@ def _problem(shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, torch.Ten
     return torch.randn(m, n, generator=generator), gram_nn, rank
 
 
-def _matrix(shape: tuple[int, int], threads: int) -> tuple[float, float, float]:
-    """Seconds of the spectrum and of the factors, and the peak memory of this process in GiB."""
+def _matrix(shape: tuple[int, int], threads: int, device: str) -> tuple[float, float, float]:
+    """Seconds of the spectrum and of the factors, and the peak memory in GiB: of this process, or of the GPU."""
     torch.set_num_threads(threads)
     W_mn, gram_nn, rank = _problem(shape, 0)
-    started = time.perf_counter()
+    W_mn, gram_nn = W_mn.to(device), gram_nn.to(device)
+    started = _now(device)
     svd.singular_values(W_mn, gram_nn)
-    between = time.perf_counter()
+    between = _now(device)
     svd.truncated_factors(W_mn, rank, gram_nn)
-    ended = time.perf_counter()
+    ended = _now(device)
+    if device == "cuda":
+        return between - started, ended - between, torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB on Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     return between - started, ended - between, peak
+
+
+def _now(device: str) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -32,9 +32,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def table(shape: str, layers: int, sparsities: tuple[float, ...], repeats: int) -> list[dict[str, Any]]:
-    """A row per kind of student and sparsity: speeds, how many times faster than dense, and the limits of that."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+def table(
+    shape: str, layers: int, sparsities: tuple[float, ...], repeats: int, device: str
+) -> list[dict[str, Any]]:
+    """A row per kind of student and sparsity: speeds, how many times faster than dense, and the limits of that.
+
+    In bf16 on a GPU, in fp32 on a CPU, most of which are far slower in bf16.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     dense = model(shape, layers).to(device, dtype)
     kinds: dict[str, Callable[[Any, float], Any]] = {
         "factors": lambda m, s: low_rank(m, s, False),

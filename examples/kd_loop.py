@@ -21,7 +21,7 @@ from sparsekd_ray.model.mlp import mlp_of, with_width
 from sparsekd_ray.prune import neurons, statistics
 from sparsekd_ray.teacher.signal import Target, tempered, topk
 
-L, B, K, TEMPERATURE, ALPHA, LR = 64, 8, 16, 2.0, 0.5, 1e-2
+L, B, K, TEMPERATURE, ALPHA = 64, 8, 16, 2.0, 0.5
 
 
 def text(encode, documents, sequences):
@@ -52,11 +52,11 @@ def prune(dense, ids_SL, sparsity):
     return with_width(dense, mlps)
 
 
-def train(model, ids_SL, target, steps, alpha=ALPHA):
+def train(model, ids_SL, target, steps, lr, alpha=ALPHA):
     """α · T² · KL to the cache + (1 − α) · cross-entropy; alpha 0 is plain training."""
     optimizer, order = torch.optim.AdamW(model.train().requires_grad_(True).parameters()), torch.Generator()
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, LR, 0.05)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 0.05)
         rows_B = torch.randint(len(ids_SL), (B,), generator=order)
         rows_N = (rows_B[:, None] * (L - 1) + torch.arange(L - 1)).flatten()
         part = Target(*(column[rows_N] for column in target))
@@ -79,7 +79,7 @@ def judge(name, model, ids_SL):
 
 
 def main(
-    model: str | None = None, sparsity: float = 0.65, steps: int = 150, sequences: int = 512
+    model: str | None = None, sparsity: float = 0.65, steps: int = 150, sequences: int = 512, lr: float = 2e-3
 ) -> list[float]:
     """Perplexities of the dense model, and of the student before and after distillation, on held-out documents."""
     torch.manual_seed(0)
@@ -90,20 +90,22 @@ def main(
     if model:
         dense = loading.load(model)
     else:
-        sizes = {
+        shape = {
             "hidden_size": 64,
             "intermediate_size": 176,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
         }
         tokens = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-        dense = Phi3ForCausalLM(Phi3Config(**sizes, **tokens, tie_word_embeddings=True))
-        train(dense, train_SL, cache(dense, train_SL), 4 * steps, alpha=0.0)
+        dense = Phi3ForCausalLM(
+            Phi3Config(**shape, **tokens, initializer_range=0.1, tie_word_embeddings=True)
+        )
+        train(dense, train_SL, cache(dense, train_SL), 4 * steps, lr=1e-2, alpha=0.0)
     dense_ppl = judge("dense", dense, test_SL)
     target = cache(dense, train_SL)
     student = prune(dense, train_SL[:64], sparsity)
     before = judge("pruned", student, test_SL)
-    train(student, train_SL, target, steps)
+    train(student, train_SL, target, steps, lr)
     return [dense_ppl, before, judge("pruned, distilled", student, test_SL)]
 
 

@@ -1,9 +1,14 @@
 """What the benchmarks compute, on cases with a known answer; their speeds are not tested."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import benchmarks
 from benchmarks import synthetic
+from benchmarks.__main__ import main
 from benchmarks.gradient import angles, kl_gradient
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.teacher import threshold
@@ -42,3 +47,17 @@ def test_the_threshold_is_the_smallest_within_the_budget(budget):
 def test_a_budget_below_the_coarsest_sample_is_refused():
     with pytest.raises(ConfigError, match=r"is 0\.9; the smallest sampled cache of this text takes 1\.0"):
         threshold.fit(lambda tau: 1 / tau, 0.9)
+
+
+def test_measurements_are_no_part_of_the_package():
+    package = Path(benchmarks.__file__).parents[1] / "sparsekd_ray"
+    lines = [line for path in package.rglob("*.py") for line in path.read_text().splitlines()]
+    assert not [line for line in lines if re.match(r"\s*(from|import) benchmarks\b", line)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("name", ["prune", "speed"])
+def test_a_gpu_that_is_not_here_is_refused_before_any_work(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks", name, "--gpu"])
+    assert main() == 2
+    assert "torch finds no GPU" in capsys.readouterr().err
