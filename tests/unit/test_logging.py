@@ -73,9 +73,11 @@ def test_all_that_was_sent_before_the_end_is_relayed():
 
 
 def test_a_lost_queue_ends_the_lines_and_not_the_run():
-    class Lost(queue.Queue):
-        def get(self, *_: object, **__: object) -> object:
+    class Lost:
+        def get(self, *_: object) -> object:
             raise RayActorError()
+
+        def put_nowait(self, _: object) -> None: ...
 
     with recorded() as relayed:
         relay = Relay(Lost())
