@@ -78,7 +78,8 @@ def _join(address: str) -> None:
         )
     try:
         _knock(address)
-        ray.init(address=address, **QUIET)
+        with _silent_stderr():
+            ray.init(address=address, **QUIET)
     except Exception as error:  # Ray raises many types here
         raise ClusterError(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({_first_line(error)}): start one with "
@@ -101,12 +102,27 @@ def _start(cpus: int) -> None:
     # a stage and its tasks are one process more than there are cores; a new one would import torch again
     os.environ.setdefault("RAY_num_workers_soft_limit", str(cpus + 2))
     try:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
+        with _silent_stderr():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
     except Exception as error:  # Ray raises many types here
         raise ClusterError(
-            f"Ray does not start on this machine ({_first_line(error)}). Its files go to {_temporary_directory()[1]}"
-            "/ray: give a directory that this user may write, and that has space, in RAY_TMPDIR."
+            f"Ray does not start on this machine ({_first_line(error)}). Its files and logs go to "
+            f"{_temporary_directory()[1]}/ray: give a directory that this user may write, and that has space, in "
+            "RAY_TMPDIR."
         ) from None
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what Ray's C++ writes to standard error while it starts; what goes wrong is raised, too."""
+    before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nothing)
 
 
 def check_temporary_directory() -> None:
