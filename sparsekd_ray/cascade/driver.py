@@ -1,8 +1,8 @@
 """Runs a plan: makes the artifacts that have no record yet, one stage after the other, and logs each step.
 
-The driver holds no state that matters. What is done is what has a record in the store; a killed driver is replaced by
-submitting the same command again. Stages run as Ray tasks, captures on Ray Data, distillations on Ray Train, as many as
-possible in one worker group.
+The driver holds no state that matters: a step is done when the store has its record. Whoever loses the driver submits
+the same command again. Stages run as Ray tasks, captures on Ray Data, and distillations on Ray Train, as many as possible
+in one worker group.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -24,6 +24,9 @@ from sparsekd_ray.runtime.cluster import connected, unwrapped
 from sparsekd_ray.runtime.logging import forwarding, listening
 from sparsekd_ray.runtime.tasks import map_local, map_on_ray
 from sparsekd_ray.store import Ref, Store
+
+if TYPE_CHECKING:
+    from sparsekd_ray.distill.job import Job
 
 
 @ray.remote
@@ -51,13 +54,13 @@ def run(config: Config, steps: list[Step], store: Store, still_ours: Callable[[]
         threading.Thread(target=_import_ahead, daemon=True).start()
         while pending:
             batch = next_batch(pending, apart=config.execution.gpus)
-            with ExitStack() as held:  # another run may want the same artifacts
+            with ExitStack() as leases:  # another run may want the same artifacts
                 for step in batch:
-                    held.enter_context(store.lease(step.ref.key, f"run {config.name}"))
+                    leases.enter_context(store.lease(step.ref.key, f"run {config.name}"))
                 still_ours()
                 todo = [step for step in batch if store.record(step.ref) is None]
                 if todo:
-                    _make(todo, steps, config, store, log_queue)
+                    _run_batch(todo, steps, config, store, log_queue)
             pending = [step for step in pending if step not in batch]
 
 
@@ -95,7 +98,8 @@ def _import_ahead() -> None:
     import sparsekd_ray.teacher.capture  # noqa: F401
 
 
-def _make(batch: list[Step], steps: list[Step], config: Config, store: Store, log_queue: Any) -> None:
+def _run_batch(batch: list[Step], steps: list[Step], config: Config, store: Store, log_queue: Any) -> None:
+    """Makes the artifacts of one step, or of a group that holds distillations."""
     step, refs = batch[0], {step.name: step.ref for step in steps}
     if any(step.kind == "distill" for step in batch):
         _train(batch, steps, config, store, log_queue)
@@ -137,13 +141,17 @@ def _train(batch: list[Step], steps: list[Step], config: Config, store: Store, l
 
     work = []
     for step in batch:
-        task = _job(step, steps) if step.kind == "distill" else partial(_alone, step, steps, store, config)
+        task = (
+            _job(step, steps)
+            if step.kind == "distill"
+            else partial(_run_on_first_worker, step, steps, store, config)
+        )
         begin, end = partial(console.begins, step), partial(console.ends, step, store)
         work.append(Work(step.ref, task, begin, end))
     train(work, store, config.execution, log_queue)
 
 
-def _job(step: Step, steps: list[Step]) -> Any:
+def _job(step: Step, steps: list[Step]) -> Job:
     from sparsekd_ray.distill.job import Job
 
     assert isinstance(step.settings, Distill), f"{step.name} is a distillation"
@@ -163,7 +171,7 @@ def _job(step: Step, steps: list[Step]) -> Any:
     )
 
 
-def _alone(step: Step, steps: list[Step], store: Store, config: Config) -> None:
+def _run_on_first_worker(step: Step, steps: list[Step], store: Store, config: Config) -> None:
     """Runs a step between two distillations on worker 0, with the threads that it would have as a task of its own."""
     import torch
 

@@ -30,7 +30,7 @@ COLLECTIVE_TIMEOUT_S = 1800
 
 
 class Work(NamedTuple):
-    """A distillation, for all workers, or something that worker 0 does alone between two of them; makes `ref`."""
+    """What makes the artifact `ref`: a distillation by all workers, or a function that worker 0 calls between two."""
 
     ref: Ref
     task: Job | Callable[[], None]
@@ -40,10 +40,10 @@ class Work(NamedTuple):
 
 
 def train(work: list[Work], store: Store, execution: Execution, log_queue: Any) -> None:
-    """Does `work` in order in one worker group; each piece commits its artifact to the store.
+    """Does `work` in order in one worker group. Each piece commits its artifact to the store.
 
-    A lost worker restarts the group, which goes on from the last checkpoint, at most `execution.max_failures` times.
-    An error of ours (bad input, damaged artifact) would only come again and is raised at once.
+    When a worker is lost, the group starts again, at most `execution.max_failures` times, and goes on from the last
+    checkpoint. An error of this package (bad input, damaged artifact) would come again, so it is raised at once.
     `log_queue` carries the log lines of worker 0 to this process.
     """
     # real models take longer to load than Ray's default of 30 s for a worker group to start
@@ -60,7 +60,7 @@ def train(work: list[Work], store: Store, execution: Execution, log_queue: Any) 
             ours = _cause(error)
             if ours is not None or failures == execution.max_failures:
                 raise (ours or error) from None
-            logger.info(
+            logger.warning(
                 f"worker group lost ({_short(error)}); restart {failures + 1} of {execution.max_failures}"
             )
 
@@ -81,13 +81,13 @@ def _trainer(name: str, work: list[Work], store: Store, execution: Execution, lo
 
 
 def _storage(store: Store) -> dict[str, Any]:
-    """A place that all nodes see, for Ray Train's own bookkeeping; our checkpoints do not pass through it."""
+    """Ray Train's own bookkeeping goes to a place that all nodes see; our checkpoints do not pass through it."""
     if not store.remote:
         return {"storage_path": store.url("ray")}
     import s3fs
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    # s3fs, as everywhere: pyarrow's own client does not speak to every S3 server
+    # s3fs, as in the store: pyarrow's own client does not speak to every S3 server
     return {
         "storage_path": store.url("ray").removeprefix("s3://"),
         "storage_filesystem": PyFileSystem(FSSpecHandler(s3fs.S3FileSystem())),
@@ -101,14 +101,14 @@ def _worker(config: dict[str, Any]) -> None:
     if not config["execution"].gpus:
         torch.set_num_threads(1)
     with forwarding(config["log_queue"]) if first else nullcontext():
-        _do(config["work"], config["store"], config["execution"], first)
+        _run_all(config["work"], config["store"], config["execution"], first)
 
 
-def _do(works: list[Work], store: Store, execution: Execution, first: bool) -> None:
+def _run_all(works: list[Work], store: Store, execution: Execution, first: bool) -> None:
     import torch
 
     for work in works:
-        # worker 0's answer for all: a shared disk may show one of them a record later than another
+        # worker 0 decides for all: a shared disk may show one worker a record later than another
         if ray.train.collective.broadcast_from_rank_zero(store.record(work.ref) is not None):
             continue
         if first:
@@ -125,7 +125,7 @@ def _do(works: list[Work], store: Store, execution: Execution, first: bool) -> N
 
 
 def _cause(error: TrainingFailedError) -> SparseKDError | None:
-    """The first of our own errors among the workers', if there is one."""
+    """The first error of this package that a worker raised, if any did."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
     for failure in failures:
         raised = getattr(failure, "_base_exc", failure)  # Ray Train wraps what the loop raised

@@ -1,13 +1,13 @@
 """Where results live: artifacts on local disk or S3, shared by every run that sees the same root.
 
-An artifact is the directory ``<root>/artifacts/<kind>/<name>-<fingerprint>/``. It exists once its
-``record.json`` does, and the record, which lists every file with its size and sha256, is written last: a
-build that was killed leaves none and is done again. A long build keeps what is already finished: ``publish``
-stores a file and, after it, a promise of its size and sha256 in ``.published/``; the next attempt, here or on
-another machine, gets it back with ``pull``. Files are verified at each process's first use of them.
+An artifact is the directory ``<root>/artifacts/<kind>/<name>-<fingerprint>/``. It exists once its ``record.json``
+does. The record lists every file with its size and sha256 and is written last, so a build that was killed leaves
+none and is done again. A long build keeps what is already finished: ``publish`` stores a file and then a promise of
+its size and sha256 in ``.published/``; the next attempt, on this machine or another, gets the file back with
+``pull``. Every process verifies a file when it first uses it.
 
-Local disk and S3 differ in one thing: a local artifact is built and used where it lies, an S3 one in a
-scratch directory, which is only a cache.
+Local disk and S3 differ in one thing: a local artifact is built and used in its place; an S3 artifact is built and
+used in a scratch directory, which is only a cache.
 
     store = Store("s3://bucket/sparsekd")
     with store.building(ref) as out:
@@ -33,7 +33,7 @@ from filelock import FileLock
 from sparsekd_ray.errors import IntegrityError, StoreError
 from sparsekd_ray.store import version
 from sparsekd_ray.store.files import Files, disk_full
-from sparsekd_ray.store.lease import Lease, held
+from sparsekd_ray.store.lease import Lease, hold
 from sparsekd_ray.store.record import Record, Ref, StoredFile, installed_versions, parse_object
 
 RECORD = "record.json"
@@ -150,8 +150,8 @@ class Store(Files):
     def published(self, ref: Ref, folder: str = "") -> list[str]:
         """The published files of an unfinished artifact, at or below ``folder``, relative to the artifact."""
         top = f"{ref.key}/{PROMISES}/"
-        found = self.find(f"{top}{folder}".rstrip("/"))
-        return sorted(key.removeprefix(top).removesuffix(".json") for key in found)
+        promises = self.list_keys(f"{top}{folder}".rstrip("/"))
+        return sorted(key.removeprefix(top).removesuffix(".json") for key in promises)
 
     def discard(self, ref: Ref, relative: str) -> None:
         """Delete a file or folder of an unfinished artifact, promises first: half deleted is not finished."""
@@ -193,18 +193,18 @@ class Store(Files):
         record = Record.from_json(text, ref)  # as it will be read
         version.stamp(self)
         self.write_text(f"{ref.key}/{RECORD}", text)
-        # A kill from here on leaves behind what no record lists: disk space, never a wrong answer.
+        # A kill after this line leaves behind files that no record lists: disk space, never a wrong answer.
         self.delete(f"{ref.key}/{PROMISES}")
         self.delete(f"{ref.key}/{CHECKPOINTS}")
         return record
 
     def lease(self, key: str, holder: str, *, ttl: float = 60.0) -> AbstractContextManager[Lease]:
         """Hold ``key`` alone, or StoreError if somebody alive does. ``ttl`` seconds of silence end it."""
-        return held(self, f"{key}.lease", holder, ttl)
+        return hold(self, f"{key}.lease", holder, ttl)
 
     def _promises(self, ref: Ref) -> dict[str, StoredFile]:
-        """The published files that a record will list. Those on S3, perhaps made on other machines, were
-        promised after their upload and are not downloaded for this."""
+        """The published files that a record will list. Local ones are verified; those on S3, perhaps made on other
+        machines, were promised after their upload, so they are not downloaded again."""
         files: dict[str, StoredFile] = {}
         for relative in self.published(ref):
             promise = _promise(ref, relative)
@@ -224,8 +224,8 @@ class Store(Files):
             raise self._corrupt(key, "it is not a size and a sha256", remove=key) from None
 
     def _obtain(self, key: str, expected: StoredFile, remove: str) -> Path:
-        """A file on this machine, verified. A wrong scratch copy is downloaded again, since scratch is
-        only a cache; a wrong stored file is an IntegrityError."""
+        """A file on this machine, verified. A wrong scratch copy is downloaded again, since scratch is only a cache.
+        A wrong stored file is an IntegrityError."""
         path = self.local(key)
         wrong = _mismatch(path, expected)
         if wrong and self.remote:
@@ -237,9 +237,9 @@ class Store(Files):
             raise self._corrupt(key, f"{wrong}; {recorded}", remove)
         return path
 
-    def _corrupt(self, key: str, found: str, remove: str) -> IntegrityError:
+    def _corrupt(self, key: str, fault: str, remove: str) -> IntegrityError:
         return IntegrityError(
-            f"{self.url(key)} is not what was stored: {found}. It was not used, and nothing was rebuilt. "
+            f"{self.url(key)} is not what was stored: {fault}. It was not used, and nothing was rebuilt. "
             f"Remove {self.url(remove)} to have it built again."
         )
 
@@ -247,8 +247,8 @@ class Store(Files):
 def locate(artifact: str, scratch: str | None = None) -> tuple[Store, Ref]:
     """The store and the name of an artifact from its directory or URL. ConfigError if it is none."""
     remote = artifact.startswith("s3://")
-    root, found, rest = (artifact if remote else str(Path(artifact).absolute())).rpartition("/artifacts/")
-    ref = Ref.from_key(f"artifacts/{rest}" if found else artifact)
+    root, separator, rest = (artifact if remote else str(Path(artifact).absolute())).rpartition("/artifacts/")
+    ref = Ref.from_key(f"artifacts/{rest}" if separator else artifact)
     store = Store(root, scratch)
     store.check_version()
     return store, ref

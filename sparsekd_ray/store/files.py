@@ -68,16 +68,16 @@ class Files:
             if not self.remote:
                 os.makedirs(self.root, exist_ok=True)
             files.pipe_file(path, probe.encode())
-            found = files.find(path) and files.cat_file(path)
+            contents = files.find(path) and files.cat_file(path)
             files.rm_file(path)
             gone = not files.exists(path)
-        if found != probe.encode() or not gone:
+        if contents != probe.encode() or not gone:
             raise StoreError(
                 f"Store {self.root} does not find a file just written, or finds one just deleted. "
                 f"Use a server that shows every write at once, as AWS S3 does."
             )
 
-    def find(self, key: str) -> list[str]:
+    def list_keys(self, key: str) -> list[str]:
         """Every key at or below ``key``."""
         with self.explaining(f"listing {key}"):
             return [path.removeprefix(self._path("")) for path in self._files.find(self._path(key))]
@@ -132,8 +132,8 @@ class Files:
     def delete(self, key: str) -> None:
         """Delete the file ``key``, or all files below it, here and in scratch; no error if there is none."""
         with self.explaining(f"deleting {key}"):
-            if self.remote and (found := self.find(key)):
-                self._files.rm([self._path(doomed) for doomed in found])
+            if self.remote and (keys := self.list_keys(key)):
+                self._files.rm([self._path(doomed) for doomed in keys])
             local = self.local(key)
             shutil.rmtree(local) if local.is_dir() else local.unlink(missing_ok=True)
 
@@ -167,15 +167,15 @@ class Files:
     def failure(self, doing: str, error: Exception) -> StoreError:
         """The error in words; a full disk is recognised whichever library met it."""
         if disk_full(error):
-            found, todo = f"no space left on device, {_free(self.local(''))}", "Free space and resubmit."
+            fault, advice = f"no space left on device, {_free(self.local(''))}", "Free space and resubmit."
         elif self.remote and not getattr(error, "filename", None):
-            found, todo = s3.explain(error)
+            fault, advice = s3.explain(error)
         else:  # a file on this machine, scratch included
             where = getattr(error, "filename", None) or self.root
-            found = f"{getattr(error, 'strerror', None) or error} ({where})"
-            todo = "Choose a directory that this user may create and write, or mend its rights."
+            fault = f"{getattr(error, 'strerror', None) or error} ({where})"
+            advice = "Choose a directory that this user may create and write, or mend its rights."
         return StoreError(
-            f"Store {self.root}: {doing} failed: {found}. Finished artifacts are intact. {todo}"
+            f"Store {self.root}: {doing} failed: {fault}. Finished artifacts are intact. {advice}"
         )
 
     @property

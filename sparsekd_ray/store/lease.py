@@ -1,10 +1,10 @@
-"""One worker at a time: a lease is a small file in the store that says who holds a key.
+"""One process at a time works on a key: a lease is a small file in the store that names the holder.
 
-Its holder renews the heartbeat in it. A new lease is created on condition that none is there. One left behind
-is taken over: at once if its process died on this machine, otherwise after watching that the heartbeat stands
-still (the clocks of two machines may differ). Where a write cannot be conditional (a takeover, rclone), we
-write, wait a moment, and see whose token stands. A holder that lost its lease (a laptop that slept) learns it at
-its next heartbeat, or from ``ensure``.
+The holder renews a heartbeat in the file. A new lease is created on condition that there is none. A lease whose
+process died on this machine is taken over at once. A lease of another machine is taken over once its heartbeat has
+been watched to stand still, since the clocks of two machines may differ. Some writes cannot be conditional (a
+takeover; rclone): the process writes, waits a moment, and reads whose token the file holds. A holder that lost its
+lease (a laptop that slept) learns it at its next heartbeat, or from ``ensure``.
 """
 
 import json
@@ -33,7 +33,7 @@ SETTLE_SECONDS = {False: 0.3, True: 1.0}  # between a rival's read and its write
 
 
 class Lease:
-    """A lease that is held; ``lost`` is set once somebody else has taken it over."""
+    """A lease of this process; ``lost`` is set once another process has taken it over."""
 
     def __init__(self, store: "Store", key: str, body: dict[str, Any], ttl: float) -> None:
         self.store, self.key, self.body, self.ttl = store, key, body, ttl
@@ -41,7 +41,7 @@ class Lease:
 
     def ensure(self) -> None:
         """StoreError unless the lease is still ours; call it before anything that two must not do."""
-        if time.time() - self.body["heartbeat"] > self.ttl / 2:  # the heartbeat thread was held up
+        if time.time() - self.body["heartbeat"] > self.ttl / 2:  # the heartbeat thread is late
             self.beat()
         if self.lost.is_set():
             holder = _read(self.store, self.key).get("holder", "nobody")
@@ -59,8 +59,8 @@ class Lease:
 
 
 @contextmanager
-def held(store: "Store", key: str, holder: str, ttl: float) -> Iterator[Lease]:
-    """Hold the file ``key`` until leaving, or StoreError saying who does. ``ttl`` in seconds."""
+def hold(store: "Store", key: str, holder: str, ttl: float) -> Iterator[Lease]:
+    """Holds the file ``key`` while the block runs. StoreError: another process holds it. ``ttl`` in seconds."""
     lease = Lease(store, key, _body(holder), ttl)
     _claim(lease)
     stop = threading.Event()
@@ -80,30 +80,30 @@ def _claim(lease: Lease) -> None:
     store, key = lease.store, lease.key
     if not _read(store, key) and store.create(key, json.dumps(lease.body).encode()):
         return
-    found = _read(store, key)
-    if found.get("token") != lease.body["token"]:
-        if found and not _dead(found):
-            _watch(lease, found)
+    rival = _read(store, key)
+    if rival.get("token") != lease.body["token"]:
+        if rival and not _dead(rival):
+            _watch(lease, rival)
         lease.body["heartbeat"] = time.time()
         store.write_text(key, json.dumps(lease.body))
     time.sleep(SETTLE_SECONDS[store.remote])
-    if (found := _read(store, key)).get("token") != lease.body["token"]:
-        raise _held_by(lease, found)
+    if (rival := _read(store, key)).get("token") != lease.body["token"]:
+        raise _held_by(lease, rival)
 
 
-def _watch(lease: Lease, found: dict[str, Any]) -> None:
+def _watch(lease: Lease, rival: dict[str, Any]) -> None:
     """Return once the holder may be taken for dead; StoreError at its first sign of life."""
-    silent = time.time() - found.get("heartbeat", 0)
-    if silent <= lease.ttl and _same_machine(found):
-        raise _held_by(lease, found)
+    silent = time.time() - rival.get("heartbeat", 0)
+    if silent <= lease.ttl and _same_machine(rival):
+        raise _held_by(lease, rival)
     seconds = lease.ttl / 3 if silent > lease.ttl else lease.ttl  # a heartbeat comes every ttl / 4
     logger.warning(
-        f"{found.get('holder', 'somebody')} holds {lease.key}: watching for {seconds:.0f} s whether it is alive"
+        f"{rival.get('holder', 'somebody')} holds {lease.key}: watching for {seconds:.0f} s whether it is alive"
     )
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(lease.ttl / 60)
-        if (now := _read(lease.store, lease.key)) != found:
+        if (now := _read(lease.store, lease.key)) != rival:
             if now:
                 raise _held_by(lease, now)
             return  # released meanwhile
@@ -162,9 +162,9 @@ def _read(store: "Store", key: str) -> dict[str, Any]:
     return body if isinstance(body, dict) else {}
 
 
-def _held_by(lease: Lease, found: dict[str, Any]) -> StoreError:
-    age = time.time() - found.get("heartbeat", 0)
-    who, since = found.get("holder", "somebody"), found.get("since", "an unknown time")
+def _held_by(lease: Lease, rival: dict[str, Any]) -> StoreError:
+    age = time.time() - rival.get("heartbeat", 0)
+    who, since = rival.get("holder", "somebody"), rival.get("since", "an unknown time")
     return StoreError(
         f"{lease.store.url(lease.key)} is held by {who} since {since}, last heard of {age:.0f} s ago. "
         f"Only one may work on it at a time: wait for its end, or stop it, then resubmit."

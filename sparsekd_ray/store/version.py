@@ -27,7 +27,7 @@ def stamp(store: Store) -> None:
 def check(store: Store) -> None:
     """StoreError, within seconds, if the store does not answer or was written by another version."""
     text = store.read_hastily(FILE)
-    if text is None and not any(key.endswith("/record.json") for key in store.find("artifacts")):
+    if text is None and not any(key.endswith("/record.json") for key in store.list_keys("artifacts")):
         return
     number = 1 if text is None else parse_object(text).get("format")  # the first version wrote no such file
     if number != FORMAT:

@@ -78,7 +78,7 @@ def test_artifact_exists_once_recorded_and_reads_the_same_everywhere(store: Stor
             directory = view.fetch(REF)
             assert (directory / "train" / "00000.parquet").read_bytes() == b"0123456789"
         assert view.record(REF) == record
-    assert not store.find(f"{REF.key}/checkpoints") and not (store.workdir(REF) / "checkpoints").exists()
+    assert not store.list_keys(f"{REF.key}/checkpoints") and not (store.workdir(REF) / "checkpoints").exists()
     assert not list(store.workdir(REF).rglob("*.tmp"))
 
 
@@ -99,7 +99,7 @@ def test_failure_between_upload_and_record_leaves_no_artifact(store: Store) -> N
         TypeError
     ):  # a record that cannot be written as JSON: everything before it has happened
         store.commit(REF, identity={}, inputs={}, metrics={"figure": object()}, seconds=0)
-    assert store.find(f"{REF.key}/a.txt") and store.record(REF) is None
+    assert store.list_keys(f"{REF.key}/a.txt") and store.record(REF) is None
     build(store)
     assert sorted(elsewhere(store).record(REF).files) == ["a.txt", "manifest.json", "train/00000.parquet"]
 
@@ -202,7 +202,7 @@ def test_damaged_record_is_an_error(tmp_path: Path, text: str) -> None:
 
 def test_a_store_says_its_version(store: Store) -> None:
     store.check_version()
-    assert store.find("") == [], "nothing is written before the first artifact"
+    assert store.list_keys("") == [], "nothing is written before the first artifact"
     build(store)
     assert json.loads(store.read_text("store.json") or "") == {"format": version.FORMAT}
     elsewhere(store).check_version()
@@ -214,12 +214,12 @@ def test_a_store_of_another_version_is_refused_in_one_line(store: Store, text: s
     store.delete("store.json")
     if text is not None:
         store.write_text("store.json", text)
-    before = {key: store.read_bytes(key) for key in store.find("")}
+    before = {key: store.read_bytes(key) for key in store.list_keys("")}
     for attempt in (store.check_version, lambda: locate(store.url(REF.key), store.scratch)):
         with pytest.raises(StoreError, match=r"has format .*Give another --execution\.store") as caught:
             attempt()
     assert len(str(caught.value).splitlines()) == 1 and store.root in str(caught.value)
-    assert {key: store.read_bytes(key) for key in store.find("")} == before
+    assert {key: store.read_bytes(key) for key in store.list_keys("")} == before
 
 
 def test_a_build_that_was_killed_in_a_new_store_is_no_old_version(store: Store) -> None:
@@ -267,7 +267,7 @@ def test_published_files_are_pulled_by_the_next_attempt(store: Store) -> None:
     resumed.discard(REF, "checkpoints/step-1")
     assert resumed.published(REF) == ["00000.parquet", "checkpoints/step-2/model.bin"]
     assert resumed.pull(REF, "checkpoints/step-1/model.bin") is None
-    assert not resumed.find(f"{REF.key}/checkpoints/step-1")
+    assert not resumed.list_keys(f"{REF.key}/checkpoints/step-1")
 
 
 def test_record_lists_what_other_machines_published(store: Store) -> None:
@@ -283,7 +283,7 @@ def test_record_lists_what_other_machines_published(store: Store) -> None:
     assert sorted(store.commit(REF, **ABOUT).files) == ["00000.parquet", "manifest.json"]
     for view in (store, elsewhere(store)):
         assert (view.fetch(REF) / "00000.parquet").read_text() == "00000.parquet"
-    assert sorted(store.find(REF.key)) == [
+    assert sorted(store.list_keys(REF.key)) == [
         f"{REF.key}/{name}" for name in ("00000.parquet", "manifest.json", "record.json")
     ]
 
@@ -360,7 +360,7 @@ def test_names_stay_inside_their_directory(name: str) -> None:
 
 def test_check_passes_and_leaves_nothing(store: Store) -> None:
     store.check()
-    assert store.find("") == []
+    assert store.list_keys("") == []
 
 
 def silent_endpoint() -> tuple[socket.socket, str]:
@@ -528,7 +528,7 @@ def test_run_files_are_replaced_whole(store: Store) -> None:
     store.write_text("runs/demo/report.md", "é" * 10)
     store.write_bytes("runs/demo/report.md", b"short")
     assert store.read_text("runs/demo/report.md") == "short"
-    assert store.find("runs") == ["runs/demo/report.md"]
+    assert store.list_keys("runs") == ["runs/demo/report.md"]
     assert pickle.loads(pickle.dumps(store)) == store and len(pickle.dumps(store)) < 400
 
 
@@ -694,7 +694,7 @@ def assert_one_winner(outcomes: list[str]) -> None:
 
 def test_one_of_four_rivals_gets_the_lease(store: Store) -> None:
     assert_one_winner(contend(store))
-    assert store.find("runs") == []
+    assert store.list_keys("runs") == []
 
 
 def test_lease_where_the_server_honours_conditions(conditional_store: Store) -> None:
@@ -747,7 +747,7 @@ def test_stopped_holder_loses_its_lease_and_learns_it(tmp_path: Path) -> None:
         assert process.returncode and "StoreError" in errors and "taken over" in errors and "second" in errors
         # The loser left without deleting the winner's lease.
         assert json.loads(store.read_text("runs/demo.lease"))["token"] == lease.body["token"]
-    assert store.find("runs") == []
+    assert store.list_keys("runs") == []
 
 
 @pytest.mark.parametrize("beats", [True, False])
