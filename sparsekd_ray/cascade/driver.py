@@ -1,8 +1,8 @@
 """Runs a plan: makes the artifacts that have no record yet, one stage after the other, and logs each step.
 
 The driver holds no state that matters: a step is done when the store has its record. Whoever loses the driver submits
-the same command again. Stages run as Ray tasks, captures on Ray Data, and distillations on Ray Train, as many as possible
-in one worker group.
+the same command again. Stages run as Ray tasks, captures on Ray Data, and distillations on Ray Train, as many as
+possible in one worker group.
 """
 
 from __future__ import annotations
