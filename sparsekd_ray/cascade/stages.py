@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparsekd_ray.cascade.steps import ExportSettings, PruneSettings, Step, TokenizerSettings
 from sparsekd_ray.config import Calibrate, Corpus, Evaluate, Execution, Model, Standin
 from sparsekd_ray.errors import ModelError
+from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.store.checkpoints import Checkpoints
@@ -165,6 +166,8 @@ def _card_facts(settings: ExportSettings, parents: dict[str, Ref], inputs: dict[
     return {
         "sparsity": settings.sparsity,
         "method": settings.method,
+        "made": METHODS[settings.method].card,
+        "student_form": METHODS[settings.method].form,
         "distilled": parents["model"].kind == "distill",
         "perplexity": figures,
         "dense_perplexity": dense,

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Literal, Required, TypedDict
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import loading
 from sparsekd_ray.model.origin import UNKNOWN, Origin
-from sparsekd_ray.prune.methods import METHODS, named
 
 if TYPE_CHECKING:
     from sparsekd_ray.evaluate.protocols import Figure, Figures
@@ -42,8 +40,12 @@ class CardFacts(TypedDict, total=False):
 
     sparsity: Required[float]
     """Share of the dense model's MLP parameters that is gone, or zero."""
-    method: str | None
-    """Of pruning; a key of `prune.methods.METHODS`."""
+    method: str
+    """The pruning method's name."""
+    made: str
+    """What the method did to the model: a sentence without its full stop."""
+    student_form: str
+    """The form of the method's students: low-rank, narrower, shallower or masked."""
     distilled: bool
     """False for a student as it was cut."""
     perplexity: Figures
@@ -56,12 +58,9 @@ class CardFacts(TypedDict, total=False):
 def model_card(facts: CardFacts, form: Form, origin: Origin) -> str:
     """README.md of an exported directory: metadata and Markdown.
 
-    `facts` must have `parameters`. Raises ModelError for a method that is not known.
+    `facts` must have `parameters`.
     """
-    method = facts.get("method")
-    if method is not None and method not in METHODS:
-        raise ModelError(f"card facts name the method {method!r}; known are {', '.join(METHODS)}")
-    kind = METHODS[method].form if method and form == "stock" else form
+    kind = facts.get("student_form", form) if form == "stock" else form
     title = f"{kind.capitalize()} student" + (f" of {origin.base_model}" if origin.base_model else "")
     parts = [
         f"# {title}",
@@ -93,8 +92,7 @@ def _metadata(facts: CardFacts, form: Form, origin: Origin, title: str) -> Model
 
 def _history(facts: CardFacts) -> str:
     """How the student was made."""
-    method = facts.get("method")
-    made = METHODS[method].card if method else "Pruned by sparsekd-ray"
+    made = facts.get("made", "Pruned by sparsekd-ray")
     distilled = ", then trained to recover by self-distillation (SparseKD)"
     return f"{made}{distilled if facts.get('distilled', True) else ''}."
 
@@ -113,7 +111,7 @@ def _contents(facts: CardFacts, form: Form) -> str:
             f"The student is low-rank, without {share}. Here its products are multiplied out, which gives the same "
             "function as a stock model, of the dense model's size and speed."
         )
-    if facts.get("method") in named("masked"):
+    if facts.get("student_form") == "masked":
         return f"{share} are zeros, in a stock model of the dense model's size: no stock runtime is faster for it."
     return (
         f"{share} are gone; what is left is a smaller model of the stock architecture, which needs no code."
