@@ -19,7 +19,7 @@ def validation_perplexities(training: Training) -> tuple[float, dict[str, float]
     """On disjoint windows, shared out over the workers, in all and by domain; the same figures on every worker."""
     rank, world = collectives.rank_and_world()
     model, size = training.model, training.reader.seq_len
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     sums = torch.zeros(len(training.valid), 2, dtype=torch.float64)
     for row, stream in enumerate(training.valid.values()):
         share = windows(stream, size, size)[rank::world]

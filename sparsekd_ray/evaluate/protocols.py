@@ -95,7 +95,7 @@ def evaluate(
     protocols: Sequence[ProtocolName],
 ) -> Figures:
     """The figures of `model` by each of `protocols`, on all of `texts`."""
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     figures = {name: _figures(name, model, tokenizer, texts) for name in protocols}
     return cast(Figures, {"dtype": str(model.dtype).removeprefix("torch."), **figures})
 

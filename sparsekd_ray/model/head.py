@@ -35,7 +35,7 @@ def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor) -> Tensor:
 
 def weight(model: PreTrainedModel) -> Tensor:
     """The head's weight [V, D]; that of the embedding where the two are tied."""
-    head_VD: Tensor = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+    head_VD: Tensor = model.get_output_embeddings().weight
     return head_VD
 
 
