@@ -160,7 +160,7 @@ def _hub_shards(source: Source) -> list[IterableDataset]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP client, whichever that is
+    from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
 
     name, config = hub_name(source.path)
     with readable(source.path, RuntimeError, DatasetsError, HTTPError):
@@ -173,7 +173,7 @@ def _hub_shards(source: Source) -> list[IterableDataset]:
 
 def _hub_documents(source: Source, shard: IterableDataset, tally: Tally) -> Iterator[Document]:
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HTTPError
 
     with readable(source.path, RuntimeError, DatasetsError, HTTPError):
         numbered = ((f"{source.path}, row {number}", row) for number, row in enumerate(shard, 1))

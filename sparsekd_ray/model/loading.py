@@ -85,7 +85,7 @@ def classes(model_type: str) -> families.StockClasses:
 
     from sparsekd_ray.model import low_rank
 
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar per model is noise in a job's log
+    transformers.utils.logging.disable_progress_bar()  # a bar per model is noise in a job's log
     stock = families.stock_classes(model_type.removeprefix(spec.LOW_RANK_PREFIX))
     if not model_type.startswith(spec.LOW_RANK_PREFIX):
         return stock

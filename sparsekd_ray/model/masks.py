@@ -23,7 +23,7 @@ def freeze_zeros(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     zeros = {name: weight.detach() == 0 for name, weight in weights.items()}
     for name, weight in weights.items():
         if weight.requires_grad:
-            weight.register_hook(_zeroing(zeros, name))  # type: ignore[no-untyped-call]
+            weight.register_hook(_zeroing(zeros, name))
     return zeros
 
 

@@ -131,5 +131,5 @@ def named_errors(name: str) -> Iterator[None]:
     """Inside, what a pure function finds wrong with a matrix becomes a ModelError that begins with its name."""
     try:
         yield
-    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+    except (ValueError, torch.linalg.LinAlgError) as error:
         raise ModelError(f"{name}: {error}") from None

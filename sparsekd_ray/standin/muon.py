@@ -40,7 +40,8 @@ def orthogonalise(matrices_BMN: Tensor) -> Tensor:
         gram_BKK = step_BKK @ gram_BKK @ step_BKK
         step_BKK = _step(gram_BKK)
         total_BKK = step_BKK @ total_BKK
-    return total_BKK @ x_BKN
+    orthogonal_BKN: Tensor = total_BKK @ x_BKN
+    return orthogonal_BKN
 
 
 def _step(gram_BKK: Tensor) -> Tensor:
@@ -83,4 +84,5 @@ class Muon(torch.optim.Optimizer):
 
 def _scaled(matrices_BMN: Tensor) -> Tensor:
     outputs, inputs = matrices_BMN.shape[1:]
-    return orthogonalise(matrices_BMN) * max(1.0, outputs / inputs) ** 0.5
+    scale: float = max(1.0, outputs / inputs) ** 0.5
+    return orthogonalise(matrices_BMN) * scale

@@ -166,7 +166,8 @@ def _batch(rows_RL: np.ndarray, step: int, batch: int, seed: int) -> Tensor:
 def _rows(tokens_dir: Path, split: str) -> np.ndarray:
     """int32 [R, L]"""
     table = corpus.read_rows(tokens_dir, split)
-    return table["input_ids"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+    rows_RL: np.ndarray = table["input_ids"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+    return rows_RL
 
 
 def _config(settings: Standin, tokens_dir: Path, context: int) -> StandinConfig:
@@ -312,7 +313,8 @@ def _teller(run: _Run, length: int, settings: Standin) -> Callable[[], None]:
 
 def _metrics(run: _Run, rows_RL: np.ndarray, valid_RL: np.ndarray, settings: Standin) -> dict[str, Any]:
     length = rows_RL.shape[1]
-    given = windows(valid_RL.reshape(-1), length, length)
+    valid_windows = windows(valid_RL.reshape(-1), length, length)
+    run.model.eval()  # type: ignore[no-untyped-call]
     tokens, recent = settings.steps * settings.batch * length, run.losses[-RECENT:]
     return {
         "params": loading.count_parameters(run.model),
@@ -320,7 +322,9 @@ def _metrics(run: _Run, rows_RL: np.ndarray, valid_RL: np.ndarray, settings: Sta
         "tokens": tokens,
         "passes": settings.steps * settings.batch / len(rows_RL),
         "train_loss": math.fsum(recent) / len(recent),
-        "valid_ppl": perplexity(window_nll(run.model.eval(), given), sum(window.scored for window in given)),
+        "valid_ppl": perplexity(
+            window_nll(run.model, valid_windows), sum(window.scored for window in valid_windows)
+        ),
         "train_seconds": run.seconds,
         "tokens_per_second": tokens / run.seconds,
     }
