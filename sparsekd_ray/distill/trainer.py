@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray.train
 import ray.train.collective
@@ -22,6 +22,9 @@ from sparsekd_ray.distill.loop import distill
 from sparsekd_ray.errors import SparseKDError
 from sparsekd_ray.runtime.logging import forwarding
 from sparsekd_ray.store import Ref, Store
+
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class Work(NamedTuple):
     end: Callable[[], None]
 
 
-def train(work: list[Work], store: Store, execution: Execution, log_queue: Any) -> None:
+def train(work: list[Work], store: Store, execution: Execution, log_queue: Queue) -> None:
     """Does `work` in order in one worker group. Each piece commits its artifact to the store.
 
     When a worker is lost, the group starts again, at most `execution.max_failures` times, and goes on from the last
@@ -65,7 +68,9 @@ def train(work: list[Work], store: Store, execution: Execution, log_queue: Any) 
             )
 
 
-def _trainer(name: str, work: list[Work], store: Store, execution: Execution, log_queue: Any) -> TorchTrainer:
+def _trainer(
+    name: str, work: list[Work], store: Store, execution: Execution, log_queue: Queue
+) -> TorchTrainer:
     resources = {"CPU": 1.0} | ({"GPU": 1.0} if execution.gpus else {})
     return TorchTrainer(
         _worker,
