@@ -19,7 +19,7 @@ VERSIONS = {
     "statistics": 2,
     "prune": 2,
     "distill": 2,
-    "evaluate": 2,
+    "evaluate": 3,
     "export": 2,
 }
 

@@ -1,16 +1,16 @@
 """Perplexity on held-out text by protocols whose figures others publish, over all text and per domain.
 
-`paper`  SparseKD's: the corpus's held-out rows in windows of 512 tokens, stride 256; every prediction of every window
-         counts, so most tokens count twice, once with little context and once with more.
-`gptq`   that of the tables of GPTQ, SparseGPT and Wanda: the raw text joined by two newlines, windows of 2,048 tokens
-         that do not overlap; what fills no window is left out.
-`words`  word perplexity as lm-eval counts it: exp(−Σ log p / number of words), a word being what stands between white
-         space. Every document is read by itself after one token (beginning of text, else end of text), in windows of
-         the model's context. The text is taken as it is: lm-eval's task `wikitext` first undoes the spaces that
-         WikiText puts around punctuation, so its figure of that one data set differs.
+`paper`  SparseKD's protocol. Windows of 512 tokens with stride 256 run over the held-out rows of the corpus. All
+         predictions of all windows count, so most tokens count twice: once with little context and once with more.
+`gptq`   The protocol of the tables of GPTQ, SparseGPT and Wanda. The raw text is joined by two newlines and cut into
+         windows of 2,048 tokens that do not overlap. Tokens that fill no window are left out.
+`words`  Word perplexity as lm-eval counts it: exp(−Σ log p / number of words). Words are the pieces between white
+         space. The model reads every document by itself after one token (beginning of text, else end of text), in
+         windows of its context. The spacing of WikiText is undone first (`wikitext.py`) in every domain whose text
+         has WikiText's marks. Words are counted in the original text.
 
-A model whose context is shorter than a protocol's window is judged on windows of its context, and every figure's
-`sentence` says so.
+A model whose context is shorter than a protocol's window is judged on windows of its context. The `sentence` of every
+figure says so.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 
 from sparsekd_ray.config.base import ProtocolName
 from sparsekd_ray.corpus import Document
+from sparsekd_ray.evaluate import wikitext
 from sparsekd_ray.evaluate.perplexity import Window, perplexity, window_nll, windows
 
 if TYPE_CHECKING:
@@ -38,21 +40,21 @@ class HeldOut(NamedTuple):
     rows: np.ndarray
     """int tokens of the corpus's rows, one after the other: documents, each followed by the end-of-text token."""
     documents: Sequence[Document]
-    """The raw text behind them."""
+    """The raw text of the rows."""
 
 
 class Figure(TypedDict):
     ppl: float
     tokens: int
-    """Predictions that count."""
+    """Predictions that are counted."""
     words: NotRequired[int]
 
 
 class ProtocolFigures(Figure):
-    """What one protocol measured, over all text and by domain."""
+    """The figures of one protocol, over all text and by domain."""
 
     window: int
-    """Tokens that the model sees at once, at most."""
+    """Largest number of tokens that the model sees at once."""
     stride: int
     domains: dict[str, Figure]
     sentence: str
@@ -60,7 +62,7 @@ class ProtocolFigures(Figure):
 
 
 class Figures(TypedDict):
-    """What an evaluation's record holds."""
+    """The figures in an evaluation's record."""
 
     dtype: str
     paper: NotRequired[ProtocolFigures]
@@ -69,23 +71,26 @@ class Figures(TypedDict):
 
 
 class Score(NamedTuple):
-    """Of some windows: Σ −log p in nats, the predictions that it sums, and what it is divided by."""
+    """The score of one or more windows."""
 
     nll: float
+    """Σ −log p of the predictions, in nats."""
     tokens: int
+    """Number of predictions."""
     units: int
+    """Number of tokens or words that the perplexity is divided by."""
 
 
 class Protocol(NamedTuple):
     window: int | None
     """Tokens in a window; None for the model's context."""
     stride: Callable[[int], int]
-    """Of a window's size, which is even."""
+    """Gives the stride of windows of this (even) size."""
     unit: str
     measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase, HeldOut, int, int], list[Score]]
     """Scores of a domain in windows of this size at this stride."""
     text: str
-    """The text and what is counted, in words."""
+    """A description of the text and of the predictions that count."""
 
 
 def evaluate(
@@ -94,7 +99,7 @@ def evaluate(
     texts: Mapping[str, HeldOut],
     protocols: Sequence[ProtocolName],
 ) -> Figures:
-    """The figures of `model` by each of `protocols`, on all of `texts`."""
+    """Measures `model` by each of `protocols` on the text of every domain."""
     model.eval()
     figures = {name: _figures(name, model, tokenizer, texts) for name in protocols}
     return cast(Figures, {"dtype": str(model.dtype).removeprefix("torch."), **figures})
@@ -113,14 +118,18 @@ def _figures(
     for domain, text in texts.items():
         scores[domain] = protocol.measure(model, tokenizer, text, window, stride)
         logger.info(f"{domain}: {name} perplexity {_figure(protocol, scores[domain])['ppl']:.2f}")
-    everything = _figure(protocol, [score for found in scores.values() for score in found])
-    short = [domain for domain, found in scores.items() if _is_short(protocol, found, window)]
     return {
-        **everything,
+        **_figure(protocol, list(chain.from_iterable(scores.values()))),
         "window": window,
         "stride": stride,
-        "domains": {domain: _figure(protocol, found) for domain, found in scores.items()},
-        "sentence": _sentence(protocol, window, stride, short),
+        "domains": {domain: _figure(protocol, domain_scores) for domain, domain_scores in scores.items()},
+        "sentence": "; ".join(
+            [
+                *_window_clauses(protocol, window, stride),
+                protocol.text,
+                *_domain_clauses(protocol, window, scores, texts),
+            ]
+        ),
     }
 
 
@@ -139,18 +148,33 @@ def _is_short(protocol: Protocol, scores: Sequence[Score], window: int) -> bool:
     return protocol.window is not None and sum(score.tokens for score in scores) < window - 1
 
 
-def _sentence(protocol: Protocol, window: int, stride: int, short: Sequence[str]) -> str:
-    """The protocol in words; what was cut is named."""
-    named, parts = protocol.window, [f"perplexity per {protocol.unit}", f"windows of {window:,} tokens"]
-    if named is None:
-        parts[-1] += ", the model's context"
-    elif window < named:
-        parts[-1] += f", the model's context, where the protocol has {named:,}"
-    parts.append(f"stride {stride:,}" if stride < window else "no overlap")
-    parts.append(protocol.text)
+def _window_clauses(protocol: Protocol, window: int, stride: int) -> list[str]:
+    """The unit, the windows and the stride in words; a window that the model's context cuts is named."""
+    size = f"windows of {window:,} tokens"
+    if protocol.window is None:
+        size += ", the model's context"
+    elif window < protocol.window:
+        size += f", the model's context, where the protocol has {protocol.window:,}"
+    overlap = f"stride {stride:,}" if stride < window else "no overlap"
+    return [f"perplexity per {protocol.unit}", size, overlap]
+
+
+def _domain_clauses(
+    protocol: Protocol, window: int, scores: Mapping[str, Sequence[Score]], texts: Mapping[str, HeldOut]
+) -> Iterator[str]:
+    """Names the domains whose text is changed, and those that fill no window."""
+    respaced = [domain for domain, text in texts.items() if _has_wikitext_spacing(text)]
+    if protocol.unit == "word" and respaced:
+        yield (
+            f"WikiText's spacing is undone as lm-eval does, and words are counted before: {', '.join(respaced)}"
+        )
+    short = [domain for domain in scores if _is_short(protocol, scores[domain], window)]
     if short:
-        parts.append(f"shorter than one window, and one short window each: {', '.join(short)}")
-    return "; ".join(parts)
+        yield f"shorter than one window, and one short window each: {', '.join(short)}"
+
+
+def _has_wikitext_spacing(text: HeldOut) -> bool:
+    return wikitext.is_marked(document.text for document in text.documents)
 
 
 def _row_scores(
@@ -162,7 +186,7 @@ def _row_scores(
 def _joined_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: HeldOut, window: int, stride: int
 ) -> list[Score]:
-    # with the tokenizer's own special tokens, as the published tables have it
+    # the published tables were measured with the tokenizer's own special tokens
     joined = "\n\n".join(row for document in text.documents for row in document.rows)
     tokens = tokenizer(joined, verbose=False)["input_ids"]
     return _token_scores(model, windows(np.array(tokens), window, stride))
@@ -177,9 +201,10 @@ def _document_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: HeldOut, window: int, _: int
 ) -> list[Score]:
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    respace = wikitext.without_spacing if _has_wikitext_spacing(text) else str
     given, words = [], []
     for document in text.documents:
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(respace(document.text), add_special_tokens=False, verbose=False)["input_ids"]
         parts = list(rolling_windows(np.array([prefix, *ids]), window))
         given += parts
         words += [count_words(document.text)] + [0] * (len(parts) - 1)
@@ -190,7 +215,7 @@ def _document_scores(
 def rolling_windows(tokens: np.ndarray, context: int) -> Iterator[Window]:
     """Windows that judge every token but the first once, with at least one and at most `context` tokens before it.
 
-    The last window reaches back to be as long as the others, and judges only what they left.
+    The last window reaches back to be as long as the others. It judges only the tokens that they left.
     """
     for first in range(1, len(tokens), context):
         end = min(first + context, len(tokens))
@@ -198,7 +223,7 @@ def rolling_windows(tokens: np.ndarray, context: int) -> Iterator[Window]:
 
 
 def count_words(document: str) -> int:
-    r"""Pieces between white space, as `re.split(r"\s+", …)` counts them: an edge of white space counts as one more."""
+    r"""Number of pieces that white space separates. White space at an edge of the text adds an (empty) piece."""
     return len(re.split(r"\s+", document))
 
 
@@ -222,6 +247,6 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
         lambda window: window,
         "word",
         _document_scores,
-        "every held-out document by itself after a one-token prefix, divided by its words between white space",
+        "every held-out document is read by itself after a one-token prefix; words are the pieces between white space",
     ),
 }

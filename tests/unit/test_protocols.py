@@ -126,6 +126,19 @@ def test_words(model: Any, bos: bool) -> None:
     assert "perplexity per word" in found["sentence"] and "the model's context" in found["sentence"]
 
 
+def test_words_of_wikitext_are_read_without_its_spacing_and_counted_with_it(model: Any) -> None:
+    marked = [Document(("w3 @-@ w4 w5",), "w3 @-@ w4 w5"), Document(("w6 ( w7 )",), "w6 ( w7 )")]
+    plain = [Document(("w6 ( w7 )",), "w6 ( w7 )")]
+    given = {name: HeldOut(np.array([3, 4]), docs) for name, docs in (("wiki", marked), ("plain", plain))}
+    found = evaluate(model, word_tokenizer(), given, ["words", "gptq"])
+    wiki, plain_text = found["words"]["domains"]["wiki"], found["words"]["domains"]["plain"]
+    assert (wiki["tokens"], wiki["words"]) == (len(["w3-w4", "w5"]) + len(["w6", "(w7)"]), 4 + 4)
+    assert (plain_text["tokens"], plain_text["words"]) == (4, 4)
+    clause = "WikiText's spacing is undone as lm-eval does, and words are counted before: wiki"
+    assert found["words"]["sentence"].endswith(clause)
+    assert "WikiText" not in found["gptq"]["sentence"]
+
+
 def check(found: Any, losses: dict[str, list[float]]) -> None:
     everything = [logp for part in losses.values() for logp in part]
     for figure, logps in ((found, everything), *((found["domains"][d], part) for d, part in losses.items())):
