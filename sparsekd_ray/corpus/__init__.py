@@ -1,8 +1,8 @@
-"""Text sources → packed token shards with stable sample ids, domains, and test text that no training text repeats.
+"""Text sources → packed token shards with stable sample ids and domains. No training text repeats the test text.
 
 `sources` reads documents from anywhere (`matching`, `files`, `template`, `documents`, `embedded`). `held_out` sets test
-documents aside and leaves out what repeats them (`splits`, `overlap`). `build` packs their tokens (`tokens`, `packing`)
-into `shards`, and keeps the raw `test_text`. `identity` is asked before any work.
+documents aside and leaves out training documents that repeat them (`splits`, `overlap`). `build` packs their tokens
+(`tokens`, `packing`) into `shards`, and keeps the raw `test_text`. `identity` checks the sources before any work.
 """
 
 from sparsekd_ray.corpus.build import build

@@ -2,9 +2,9 @@
 
 The test documents of all sources are set aside first. Training and validation then take the documents that do not
 repeat them (`overlap`). Inside one domain and split, documents are joined, each followed by the separator, and cut into
-rows of `seq_len` tokens. Training takes whole documents, and so does a test set from elsewhere (`source.test`), in
-its own order. A document held out here gives at most a quarter of its split's rows, from its middle: no long
-one is a domain's whole test. What fills no row is dropped, and counted.
+rows of `seq_len` tokens. Training takes whole documents. A separate test set (`source.test`) is also taken in whole
+documents, in its own order. A document that was held out here gives at most a quarter of its split's rows, from its
+middle, so that one long document is not a domain's whole test. Tokens that fill no row are dropped and counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow as pa
 from sparsekd_ray.config import Corpus, Source
 from sparsekd_ray.corpus.held_out import LeftOut, SetAside, longest, set_aside, split_documents, test_index
 from sparsekd_ray.corpus.overlap import TestIndex
-from sparsekd_ray.corpus.packing import Packer, fill, teller
+from sparsekd_ray.corpus.packing import Packer, fill, progress_logger
 from sparsekd_ray.corpus.shards import MANIFEST, Manifest, domain_table, write_shards
 from sparsekd_ray.corpus.sources import Tally
 from sparsekd_ray.corpus.splits import SPLITS, quotas
@@ -33,13 +33,13 @@ from sparsekd_ray.model import tokenizer as model_tokenizer
 
 logger = logging.getLogger(__name__)
 
-FEW = 5  # documents: so few cannot be dealt to three splits
-MUCH = 0.25  # share of a source's text from which it is worth a warning that it was left out
+FEW = 5  # so few documents cannot be dealt to three splits
+MUCH = 0.25  # a warning is logged if a larger share of a source's text was left out
 
 
 @dataclass
 class Domain:
-    """One source on its way into rows."""
+    """One source, and the packers that turn its documents into rows."""
 
     source: Source
     packers: dict[str, Packer]
@@ -51,8 +51,8 @@ class Domain:
 def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int) -> Manifest:
     """Writes the corpus artifact into `out` and returns its manifest (rows, tokens, documents, and so on).
 
-    Each source gives its share of `samples`, `valid_samples` and `test_samples`, by weight. `CorpusError`
-    where a source gives too little for training, or nothing for validation or test.
+    Each source gives its share of `samples`, `valid_samples` and `test_samples`, by weight. Raises CorpusError if a
+    source gives too little text for training, or none for validation or test.
     """
     rows = quotas(corpus)
     check_context(tokenizer_dir, corpus.seq_len)
@@ -74,9 +74,9 @@ def build(corpus: Corpus, tokenizer_dir: Path, out: Path, *, seed: int) -> Manif
 
 
 def _domain(source: Source, quota: dict[str, int], seq_len: int, test: SetAside) -> Domain:
-    whole = {"train", "test"} if source.test is not None else {"train"}
+    uncut_splits = {"train", "test"} if source.test is not None else {"train"}
     packers = {
-        split: Packer(rows, seq_len, sys.maxsize if split in whole else longest(rows, seq_len))
+        split: Packer(rows, seq_len, sys.maxsize if split in uncut_splits else longest(rows, seq_len))
         for split, rows in quota.items()
     }
     return Domain(source, packers, test)
@@ -85,12 +85,18 @@ def _domain(source: Source, quota: dict[str, int], seq_len: int, test: SetAside)
 def _pack(domain: Domain, encoder: Encoder, corpus: Corpus, index: TestIndex, seed: int) -> None:
     """Reads one source until every split has its rows, or the source ends."""
     source, packers = domain.source, domain.packers
-    tell, train = teller(source.name, packers), packers["train"]
-    fill({"test": packers["test"]}, (("test", document) for document in domain.test.documents), encoder, tell)
-    learned = {"train": train, "valid": packers["valid"]}
-    fill(learned, split_documents(source, corpus, seed, index, domain.left_out, domain.tally), encoder, tell)
+    log_progress, train = progress_logger(source.name, packers), packers["train"]
+    fill(
+        {"test": packers["test"]},
+        (("test", document) for document in domain.test.documents),
+        encoder,
+        log_progress,
+    )
+    train_and_valid = {"train": train, "valid": packers["valid"]}
+    stream = split_documents(source, corpus, seed, index, domain.left_out, domain.tally)
+    fill(train_and_valid, stream, encoder, log_progress)
     while source.repeat and train.count and not train.full:
-        fill({"train": train}, split_documents(source, corpus, seed, index), encoder, tell)
+        fill({"train": train}, split_documents(source, corpus, seed, index), encoder, log_progress)
     _check(domain)
     _warn(domain)
 
@@ -115,17 +121,17 @@ def _check(domain: Domain) -> None:
 
 
 def _cause(domain: Domain) -> str:
-    """What may have made a source smaller than its user thinks."""
+    """Reasons, in words, why a source may be smaller than its user thinks."""
     left_out = domain.left_out
     causes = [_few_documents(domain), _empty_rows(domain).removeprefix(", ")]
     if left_out.documents:
         causes.append(f"{left_out.documents} documents repeat test text and were left out")
-    known = "; ".join(filter(None, causes))
-    return f" ({known})" if known else ""
+    reasons = "; ".join(filter(None, causes))
+    return f" ({reasons})" if reasons else ""
 
 
 def _few_documents(domain: Domain) -> str:
-    """A text without blank lines is one document, which falls to one side whatever the settings are."""
+    """A note for a source of few documents. A text without blank lines is one document, so it cannot be split."""
     read = sum(packer.documents for packer in domain.packers.values()) + domain.left_out.documents
     if read > FEW:
         return ""
@@ -168,10 +174,10 @@ def _write_rows(domains: list[Domain], out: Path, shard_rows: int, seed: int) ->
 
 
 def _write_test_text(domain: Domain, out: Path) -> None:
-    """All test documents where they are a set of their own, else those that the rows are made of."""
+    """Writes all documents of a complete test set; otherwise only those that the test rows are made of."""
     test = domain.test
-    kept = test.documents if test.complete else test.documents[: domain.packers["test"].documents]
-    write_test_text(out, domain.source.name, kept)
+    documents = test.documents if test.complete else test.documents[: domain.packers["test"].documents]
+    write_test_text(out, domain.source.name, documents)
 
 
 def _manifest(corpus: Corpus, encoder: Encoder, domains: list[Domain]) -> Manifest:

@@ -1,7 +1,7 @@
-"""What a document is: a row of its source, or a stretch of a text whose lines are joined.
+"""Documents: a document is a row of its source, or a part of a text whose lines are joined.
 
-A text is cut where it falls into documents by itself. One with WikiText's headings (` = Title = ` between blank
-lines) is cut before each of them; any other is cut after blank lines, into `TEXT_DOCUMENT` characters or more.
+A text with WikiText's headings (` = Title = ` between blank lines) is cut before each heading. Any other text is cut
+after blank lines, into documents of at least `TEXT_DOCUMENT` characters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
-TEXT_DOCUMENT = 2_000  # characters of a document cut at blank lines, at least
+TEXT_DOCUMENT = 2_000  # least characters of a document that is cut at blank lines
 HEADING = re.compile(r" ?= (?!= )\S.* = ?\s*")
 
 
@@ -20,8 +20,8 @@ class Document:
     """One document, and the rows of its source that it was made of."""
 
     rows: tuple[str, ...]
-    """One row, or for a source whose rows are joined (`source.join`) each line as the source gives it. A blank line
-    is an empty row, as in the data sets of the hub."""
+    """The one row, or every line of a source whose rows are joined (`source.join`). A blank line is an empty row, as
+    in the data sets of the hub."""
     text: str
 
 
@@ -31,7 +31,7 @@ def whole(row: str) -> Document:
 
 
 def joined(rows: Iterable[str]) -> Iterator[Document]:
-    """Documents of a text given line by line; together they are the text."""
+    """Cuts a text that is given line by line into documents. Joined, the documents are the text."""
     document: list[str] = []
     size, blank, headed = 0, True, False
     for row, following in pairwise(chain(rows, [""])):
@@ -48,6 +48,6 @@ def joined(rows: Iterable[str]) -> Iterator[Document]:
 
 
 def _of_lines(rows: list[str]) -> Document:
-    """Rows that lack a line end get one, but for the document's last."""
+    """A document of these rows. Every row but the last gets a line end if it lacks one."""
     lines = [row if row.endswith(("\n", "\r")) else f"{row}\n" for row in rows[:-1]]
     return Document(tuple(row if row.strip() else "" for row in rows), "".join([*lines, rows[-1]]))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ENDINGS = (".parquet", ".jsonl", ".txt")
 ROWS_TO_FIND_COLUMNS = 100
 BUFFER = 2**20
-MARKS = {  # the longer marks first: the mark of UTF-32 begins with that of UTF-16
+MARKS = {  # longer marks come first, because the mark of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def rows(fs: AbstractFileSystem, path: str, wanted: frozenset[str]) -> Iterator[tuple[str, Row]]:
-    """(place, row) of a .parquet or .jsonl file; CorpusError where no row has the columns `wanted`."""
+    """(place, row) of a .parquet or .jsonl file. Raises CorpusError if no row has the columns `wanted`."""
     if path.endswith(".parquet"):
         return _parquet_rows(fs, path, wanted)
     return with_columns(_json_rows(fs, path), wanted, path)
@@ -40,9 +40,9 @@ def rows(fs: AbstractFileSystem, path: str, wanted: frozenset[str]) -> Iterator[
 def with_columns(
     numbered: Iterator[tuple[str, Row]], wanted: frozenset[str], path: str
 ) -> Iterator[tuple[str, Row]]:
-    """The same rows; CorpusError once the first hundred, or all there are, lack the columns `wanted`.
+    """The same rows. Raises CorpusError if the first hundred rows (or all of fewer) lack one of the columns `wanted`.
 
-    A row may lack a key that others have: it is read as null. A file of which every row lacks it is a mistake.
+    One row may lack a key that other rows have: the key is read as null. A key that every row lacks is a mistake.
     """
     present: dict[str, None] = {}
     count = 0
@@ -58,7 +58,7 @@ def with_columns(
 
 
 def text_lines(fs: AbstractFileSystem, path: str) -> Iterator[str]:
-    """Lines of a text file as they are in it, line ends included and byte order mark removed."""
+    """Lines of a text file with their line ends, without the byte order mark."""
     with fs.open(path, "rb") as file:
         beginning = file.read(4)
         file.seek(0)

@@ -1,7 +1,7 @@
-"""Test documents are set aside first, from every source; then training text is what does not repeat them.
+"""Sets test documents of every source aside, then chooses training documents that do not repeat them.
 
-What is set aside is counted in characters, so it needs no tokenizer: the stand-in's tokenizer, its pretraining text
-and the calibration mix leave out the same documents.
+The amount of test text is counted in characters, so no tokenizer is needed. Therefore the stand-in's tokenizer, its
+pretraining text and the calibration mix leave out the same documents.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from sparsekd_ray.corpus.overlap import TestIndex
 from sparsekd_ray.corpus.sources import Tally, interleave, read, read_in_order, test_source
 from sparsekd_ray.corpus.splits import shares, side
 
-PASSAGE = 0.25  # of a held-out split's rows, from one document
-CHARACTERS = 8  # set aside for each test token; text has three to five
-KEPT_OUT = 32_000_000  # characters of a test set that training text may not repeat, judged by or not
+PASSAGE = 0.25  # largest share of a held-out split's rows that one document gives
+CHARACTERS = 8  # characters set aside for each test token; a token of text has three to five
+KEPT_OUT = (
+    32_000_000  # characters of a test set that training text may not repeat, used for evaluation or not
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,10 @@ class SetAside:
 
     documents: list[Document]
     complete: bool = False
-    """Whether these are all test documents there are: `source.test` was read to its end."""
+    """Whether `documents` are the whole test set: `source.test` was read to its end."""
     others: Sequence[Document] = ()
-    """More of a test set than is judged by. It is kept out of training as well: somebody may judge by it later."""
+    """Further documents of the test set that no figure here uses. They are kept out of training too, because later
+    evaluations may use them."""
 
 
 @dataclass
@@ -39,7 +42,7 @@ class LeftOut:
     documents: int = 0
     characters: int = 0
     read_characters: int = 0
-    """Of all documents on the training side, these included."""
+    """Characters of all documents on the training side, including those left out."""
 
 
 def longest(rows: int, seq_len: int) -> int:
@@ -58,10 +61,10 @@ def set_aside(corpus: Corpus, seed: int) -> dict[str, SetAside]:
 
 def _set_aside(source: Source, rows: int, corpus: Corpus, seed: int) -> SetAside:
     characters = rows * corpus.seq_len * CHARACTERS
-    elsewhere = test_source(source)
-    if elsewhere is not None:
-        documents, complete = read_in_order(elsewhere, characters)
-        return SetAside(documents, complete, () if complete else read_in_order(elsewhere, KEPT_OUT)[0])
+    separate_test = test_source(source)
+    if separate_test is not None:
+        documents, complete = read_in_order(separate_test, characters)
+        return SetAside(documents, complete, () if complete else read_in_order(separate_test, KEPT_OUT)[0])
     taken: list[Document] = []
     for document in read(source, seed):
         if characters <= 0:
@@ -72,13 +75,14 @@ def _set_aside(source: Source, rows: int, corpus: Corpus, seed: int) -> SetAside
     return SetAside(taken)
 
 
-def test_index(corpus: Corpus, own: dict[str, SetAside], seed: int) -> TestIndex:
-    """What no training text may repeat: the test documents of the corpus and those of `corpus.exclude`.
+def test_index(corpus: Corpus, test_documents: dict[str, SetAside], seed: int) -> TestIndex:
+    """Index of the test text that no training text may repeat: of the corpus's sources and of `corpus.exclude`.
 
-    Of an excluded source as many are taken as all of `corpus.test_samples` could need: its share is not known here.
+    An excluded source's share of the test samples is not known here. It gives as many documents as all of
+    `corpus.test_samples` could need.
     """
     others = [_set_aside(source, corpus.test_samples, corpus, seed) for source in corpus.exclude]
-    sets = (chain(part.documents, part.others) for part in (*own.values(), *others))
+    sets = (chain(part.documents, part.others) for part in (*test_documents.values(), *others))
     return TestIndex((document.text for document in documents) for documents in sets)
 
 
@@ -109,8 +113,8 @@ def split_documents(
 def train_documents(corpus: Corpus, seed: int) -> Iterator[str]:
     """Training documents of all sources, interleaved by weight (in characters).
 
-    For training a tokenizer without a look at held-out text. A source that ends drops out; one without end
-    never does, so take what is needed.
+    A tokenizer is trained on them, so that it sees no held-out text. A source that ends drops out. A source without
+    end never does, so the caller takes only as many documents as it needs.
     """
     index = test_index(corpus, set_aside(corpus, seed), seed)
 

@@ -1,4 +1,4 @@
-"""What of a source decides the tokens, and whether it can be read: asked before any work."""
+"""The identity of a source, and checks that it can be read. Both run before any work."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def identify(source: Source) -> dict[str, Any]:
-    """What of a source decides the tokens: its settings, and its files' contents rather than their place.
+    """Everything about a source that decides the tokens: its settings and the contents of its files, not their place.
 
-    Local files count with their sha256, remote ones with the store's own checksum (S3: the ETag), hub data
-    sets with id and revision (no network needed), embedded text with the version of Python. `CorpusError`
-    where nothing matches, or where the first rows of files cannot be read as `source` says.
+    A local file counts by its sha256, a remote file by its server's checksum (S3: the ETag), a hub data set by id and
+    revision (no network needed), and embedded text by the version of Python. Raises CorpusError if no file matches,
+    or if the first rows of a file cannot be read as `source` says.
     """
     held_out = test_source(source)
     settings = source.model_dump(include={"name", "weight", "text", "repeat", "join"})
@@ -34,9 +34,9 @@ def identify(source: Source) -> dict[str, Any]:
 
 
 def check_settings(corpus: Corpus, model: Path | None) -> None:
-    """CorpusError for settings that cannot work, as far as they tell without reading text.
+    """Raises CorpusError for settings that cannot work. Reads no text.
 
-    model: the directory of the dense model, where it is known already.
+    model: the directory of the dense model, if it is already known.
     """
     quotas(corpus)
     if model is not None:
@@ -46,7 +46,7 @@ def check_settings(corpus: Corpus, model: Path | None) -> None:
 
 
 def check_hub(corpus: Corpus) -> None:
-    """CorpusError unless every hub data set of the corpus gives a first document. `identify` reads only files."""
+    """Raises CorpusError unless every hub data set of the corpus gives a document. `identify` reads only files."""
     for source in (*corpus.sources, *corpus.exclude):
         for part in (source, test_source(source)):
             if part is not None and part.path.startswith(HUB):
@@ -71,7 +71,7 @@ def _content(source: Source) -> dict[str, Any]:
 
 
 def _check_beginning(source: Source) -> None:
-    """Reads the first documents, for what is wrong with all rows: a column, the encoding, rows that are lines."""
+    """Reads the first documents to find faults of all rows: a missing column, a wrong encoding, rows that are lines."""
     if not beginning(source, JUDGED_ROWS):
         raise CorpusError(
             f"corpus source {source.name} ({source.path}) is empty: it holds no document with text"

@@ -1,4 +1,4 @@
-"""The files that a path, glob or fsspec URL names, and what their storage raises as errors of ours."""
+"""Finds the files that a path, glob or fsspec URL names, and turns errors of their storage into CorpusError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def matching_files(path: str, endings: tuple[str, ...]) -> tuple[AbstractFileSystem, dict[str, int]]:
-    """The file system and {file: bytes} in sorted order; CorpusError where there are none or one has another ending.
+    """The file system and {file: bytes} in sorted order. Raises CorpusError for no file or an unknown ending.
 
     As in a shell, a wildcard matches nothing that begins with a dot: no swap files, no `.ipynb_checkpoints`.
     """
@@ -39,7 +39,7 @@ def matching_files(path: str, endings: tuple[str, ...]) -> tuple[AbstractFileSys
 
 def _nothing(path: str, files: bool, entries: bool) -> str:
     if files:
-        return "only hidden files match, which have to be named"
+        return "only hidden files match, and hidden files must be named"
     if entries:
         return f"no such file; it is a directory, name files in it as {path.rstrip('/')}/*.parquet"
     return "no such file"
@@ -50,13 +50,13 @@ def _hidden(name: str, pattern: str) -> bool:
     parts = pattern.split("/")
     fixed = len(list(takewhile(lambda part: not set(part) & set("*?["), parts)))
     if any(part.startswith(".") for part in parts[fixed:]):
-        return False  # hidden files are asked for
+        return False  # the pattern names hidden files itself
     return any(part.startswith(".") for part in name.split("/")[fixed:])
 
 
 @contextmanager
 def readable(path: str, *more: type[Exception]) -> Iterator[None]:
-    """Turns what a disk, an object store or a decoder raises into one `CorpusError` that names the source."""
+    """Turns an error of a disk, an object store or a decoder into a CorpusError that names the source."""
     try:
         yield
     except (OSError, ValueError, ImportError, BotoCoreError, *more) as error:

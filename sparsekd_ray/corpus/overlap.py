@@ -1,4 +1,4 @@
-"""Which documents repeat test text: they may not be trained on, wherever they come from.
+"""Finds documents that repeat test text, so that no model is trained on them.
 
 Texts are compared as words: lower case, without punctuation, white space and line breaks. A document repeats the test
 text if it
@@ -8,12 +8,12 @@ text if it
 - is, with `SHORTEST` words or more but fewer than `RUN`, a passage of the test text, or contains a test document that
   is as short as that.
 
-Twenty words in a row hardly ever agree by accident. Where they do, they are the form of the text and not its content (a
-licence header, the frame of a prompt): a run that stands in more than a tenth of a source's test documents counts for
-nothing. A passage is found wherever either text was cut.
+Twenty words in a row hardly ever agree by accident. Runs that do agree may be the form of the text and not its content
+(a licence header, the frame of a prompt), so a run that stands in more than a tenth of a source's test documents is
+ignored. A passage is found wherever either text was cut.
 
-A word is a random number of 64 bits, a run of words the value of a polynomial in them: N words cost a few passes over
-arrays. Shapes: N words of a document, M runs in all.
+Every word is hashed to 64 bits, and a run of words to the value of a polynomial in these hashes, so N words cost a few
+passes over arrays. Shapes: N words of a document, M runs in all.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 RUN, SHORTEST = 20, 8
-COMMON = 0.1  # share of a source's test documents from which a run is the form of the text,
-COMMON_LEAST = 2  # and more documents than these
+# A run is the form of the text if it stands in more than this share of a source's test documents,
+COMMON = 0.1
+COMMON_LEAST = 2  # and in more than this number of them.
 # Scripts without spaces between words: each of their letters is a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
@@ -39,7 +40,7 @@ Hashes = NDArray[np.uint64]
 class TestIndex:
     """The runs of words of all test documents."""
 
-    __test__ = False  # no class of tests, whatever pytest thinks of its name
+    __test__ = False  # pytest would collect it as a class of tests because of its name
 
     def __init__(self, sources: Iterable[Iterable[str]]) -> None:
         """sources: the test documents of each source."""
@@ -72,7 +73,7 @@ class TestIndex:
         return any(bool(_among(_runs(ids, length), known).any()) for length, known in sets.items())
 
     def _add(self, text: str) -> Hashes | None:
-        """The words of one test document as numbers [N]; None for one that was there already."""
+        """The hashes [N] of the words of one test document; None if the document was added before."""
         words = _words(text)
         if (digest := _digest(words, text)) in self.same:
             return None
@@ -104,7 +105,7 @@ _tables: list[tuple[Hashes, Hashes]] = []
 
 
 def _powers(count: int) -> tuple[Hashes, Hashes]:
-    """Powers of the base and of its inverse, modulo 2^64; kept, and grown when a longer document comes."""
+    """Powers of the base and of its inverse, modulo 2^64. They are cached, and extended for a longer document."""
     if not _tables or len(_tables[-1][0]) < count:
         size = max(4096, 2 * count)
         table = [
@@ -117,7 +118,7 @@ def _powers(count: int) -> tuple[Hashes, Hashes]:
 
 
 def _uncommon(documents: Sequence[Hashes]) -> Hashes:
-    """The runs that stand in few of the documents; each document gives its own once."""
+    """The runs that stand in few of the documents. Each document lists a run once."""
     if not documents:
         return np.empty(0, np.uint64)
     runs, counts = np.unique(np.concatenate(documents), return_counts=True)
@@ -129,9 +130,9 @@ def _sorted(parts: Sequence[Hashes]) -> Hashes:
 
 
 def _among(values: Hashes, known_M: Hashes) -> NDArray[np.bool_]:
-    """Which values stand in a sorted array."""
+    """Whether each value stands in the sorted array `known_M`."""
     if not len(known_M):
         return np.zeros(len(values), np.bool_)
     places = np.searchsorted(known_M, values)
-    found: NDArray[np.bool_] = known_M[np.minimum(places, len(known_M) - 1)] == values
-    return found
+    is_known: NDArray[np.bool_] = known_M[np.minimum(places, len(known_M) - 1)] == values
+    return is_known

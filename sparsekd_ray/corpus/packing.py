@@ -1,4 +1,4 @@
-"""Rows of equal length: documents of one domain and split, joined and cut."""
+"""Packs documents of one domain and split into rows of equal length: joins them and cuts the result."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Tokens = NDArray[np.int32]
 
 @dataclass
 class Packer:
-    """The rows of one domain and split: documents are taken in until `quota` rows are full."""
+    """Collects the rows of one domain and split. It takes documents until `quota` rows are full."""
 
     quota: int
     seq_len: int
     longest: int
-    """Tokens that one document may give."""
+    """Largest number of tokens that one document gives."""
     tokens: int = 0
     left_out: int = 0
     documents: int = 0
@@ -48,26 +48,26 @@ class Packer:
         return self.left_out + self.tokens - self.count * self.seq_len
 
     def add(self, ids: Tokens) -> None:
-        """Takes in one document, which ends with the separator."""
+        """Adds one document. Its last token is the separator."""
         if self.full:
             return
-        kept = _passage(ids, self.longest)
-        self.pieces.append(kept)
-        self.tokens += len(kept)
-        self.left_out += len(ids) - len(kept)
+        passage = _passage(ids, self.longest)
+        self.pieces.append(passage)
+        self.tokens += len(passage)
+        self.left_out += len(ids) - len(passage)
         self.documents += 1
 
     def rows(self) -> Tokens:
         """int32 [count, seq_len]."""
-        kept = np.concatenate(self.pieces)[: self.count * self.seq_len]
-        return kept.reshape(self.count, self.seq_len)
+        tokens = np.concatenate(self.pieces)[: self.count * self.seq_len]
+        return tokens.reshape(self.count, self.seq_len)
 
 
 def fill(
     packers: dict[str, Packer],
     stream: Iterator[tuple[str, Document]],
     encode: Encoder,
-    tell: Callable[[], None],
+    log_progress: Callable[[], None],
 ) -> None:
     """Tokenises (split, document) into `packers` until all are full or the stream ends."""
     while not all(packer.full for packer in packers.values()):
@@ -77,21 +77,21 @@ def fill(
         wanted = [(packers[s], d.text) for s, d in batch if s in packers and not packers[s].full]
         for (packer, _), ids in zip(wanted, encode([text for _, text in wanted]), strict=True):
             packer.add(ids)
-        tell()
+        log_progress()
 
 
-def teller(name: str, packers: dict[str, Packer]) -> Callable[[], None]:
-    """Logs how far a source is, every few seconds at most."""
+def progress_logger(name: str, packers: dict[str, Packer]) -> Callable[[], None]:
+    """A function that logs how many rows a source has filled, at most every few seconds."""
     last = time.monotonic()
 
-    def tell() -> None:
+    def log_progress() -> None:
         nonlocal last
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             counts = ", ".join(f"{split} {packer.count}/{packer.quota}" for split, packer in packers.items())
             logger.info(f"corpus {name}: {counts} sequences")
 
-    return tell
+    return log_progress
 
 
 def _passage(ids: Tokens, longest: int) -> Tokens:

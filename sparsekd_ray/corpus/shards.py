@@ -1,8 +1,7 @@
 """Token shards on disk: `<split>/00000.parquet`, … of sample_id, domain and input_ids (`seq_len` int32 each).
 
-`sample_id` is `<domain>-<split>-<index>`, the index counted inside domain and split, so consecutive rows of a
-domain are consecutive text wherever a permutation has put them. The bytes hold no time and no place: equal
-settings give equal files.
+`sample_id` is `<domain>-<split>-<index>`. The index counts rows inside a domain and split in the order of the text, so
+it survives the permutation of the training rows. The files hold no time and no place: equal settings give equal bytes.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ class Repeats(TypedDict):
 
     documents: int
     share: float
-    """Of the characters read for training."""
+    """Their share of the characters read for training."""
 
 
 class Manifest(TypedDict):
-    """What the corpus stage writes down of itself in `manifest.json`."""
+    """The contents of `manifest.json`: what the corpus holds."""
 
     seq_len: int
     vocab_size: int
@@ -41,17 +40,17 @@ class Manifest(TypedDict):
     separator: str | None
     """Token after each document."""
     beginning: str | None
-    """Token before each document, where the model was trained with one."""
+    """Token before each document, if the tokenizer puts one there."""
     shard_rows: int
     rows: Counts
     tokens: Counts
     dropped_tokens: Counts
     documents: Counts
     whole_test: dict[str, bool]
-    """By domain: whether the raw test text (`read_test_text`) is the whole of `source.test`."""
+    """By domain: whether the raw test text (`read_test_text`) is all of `source.test`."""
     repeats_test: dict[str, Repeats]
     empty_rows: dict[str, int]
-    """By domain: rows left out because a column of the template holds nothing."""
+    """By domain: number of rows left out because a column of the template is empty."""
 
 
 def domain_table(domain: str, split: str, rows_NL: NDArray[np.int32]) -> pa.Table:
@@ -66,7 +65,7 @@ def domain_table(domain: str, split: str, rows_NL: NDArray[np.int32]) -> pa.Tabl
 
 
 def write_shards(table: pa.Table, folder: Path, shard_rows: int) -> None:
-    """Cuts a table into files of `shard_rows` rows, the last one with what remains."""
+    """Writes a table as files of `shard_rows` rows. The last file holds the remaining rows."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, table.num_rows, shard_rows)):
         pq.write_table(table.slice(start, shard_rows), folder / f"{number:05d}.parquet", compression="zstd")

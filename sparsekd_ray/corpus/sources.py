@@ -1,7 +1,7 @@
 """Documents from a source: the Python installation, a hub data set, or files by any fsspec URL.
 
-Nothing is read before it is asked for, and at most `WINDOW` documents are held: a source may be larger than
-memory, or have no end. Several files are read side by side, so that a small share comes from all of them.
+Documents are read lazily, and at most `WINDOW` of them are in memory, so a source may be larger than memory or have no
+end. Several files are read side by side, so that a small share of a source comes from all of its files.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 10_000  # documents shuffled together,
 WINDOW_CHARACTERS = 64_000_000  # or fewer where they are long
-OPEN_FILES = 64  # read side by side
+OPEN_FILES = 64  # files that are read side by side
 EMBEDDED, HUB = "embedded:", "hf://"
-# Rows are taken for lines of one text by the first ones: a fifth is blank, or half are shorter than a sentence.
+# The first rows show whether rows are lines of one text: a fifth is blank, or half are shorter than a sentence.
 JUDGED_ROWS, LEAST_ROWS = 1_000, 50
 BLANK_ROWS, SHORT_ROW = 0.2, 48
 
@@ -43,10 +43,10 @@ Stream = Callable[[], Iterator[Document]]
 
 @dataclass
 class Tally:
-    """What was read of a source and made no document."""
+    """Counts of the rows of a source that made no document."""
 
     empty_rows: int = 0
-    """Rows with nothing in a column of the template."""
+    """Rows in which a column of the template is empty."""
 
 
 def documents(source: Source, seed: int | None) -> Iterator[str]:
@@ -55,10 +55,10 @@ def documents(source: Source, seed: int | None) -> Iterator[str]:
 
 
 def read(source: Source, seed: int | None, tally: Tally | None = None) -> Iterator[Document]:
-    """Documents of `source.path` that hold text, from all files and shuffled by `seed`, or as they come (None).
+    """Documents of `source.path` that hold text, mixed from all files and shuffled by `seed` (None: not shuffled).
 
-    Raises `CorpusError` where the source cannot be read, nothing matches its path, no row has a column of the
-    template, or the rows are lines of one text and `source.join` does not say what to do with them.
+    Raises CorpusError if the source cannot be read, no file matches its path, no row has a column of the template, or
+    the rows are lines of one text and `source.join` is not set.
     """
     streams, sizes = _streams(source, seed, tally or Tally())
     if seed is None:
@@ -76,7 +76,7 @@ def beginning(source: Source, count: int) -> list[Document]:
 
 
 def read_in_order(source: Source, characters: float) -> tuple[list[Document], bool]:
-    """Documents of at least `characters` in all, from all files, in the source's order; and whether these are all."""
+    """Documents of at least `characters` in total, from all files, in the source's order; whether they are all."""
     taken: list[tuple[int, Document]] = []
     for index, document in interleave(*_streams(source, None, Tally())):
         if characters <= 0:
@@ -91,7 +91,7 @@ def read_in_order(source: Source, characters: float) -> tuple[list[Document], bo
 
 
 def interleave(streams: Sequence[Stream], sizes: Sequence[float]) -> Iterator[tuple[int, Document]]:
-    """(index of the stream, document): always from the stream of which the smallest part has been read.
+    """(index of the stream, document). The next document comes from the stream of which the smallest share was read.
 
     At most `OPEN_FILES` streams are open at a time; the next one is opened when one ends.
     """
@@ -112,7 +112,7 @@ def interleave(streams: Sequence[Stream], sizes: Sequence[float]) -> Iterator[tu
 
 
 def test_source(source: Source) -> Source | None:
-    """The source of test documents that `source.test` names; None where they come from `path` itself."""
+    """The source of test documents that `source.test` names; None if they come from `path` itself."""
     if source.test is None:
         return None
     another_split = source.path.startswith(HUB) and not re.search(r"[:/]", source.test)
@@ -156,7 +156,7 @@ def _file_documents(source: Source, fs: AbstractFileSystem, file: str, tally: Ta
 
 
 def _hub_shards(source: Source) -> list[IterableDataset]:
-    """The shards of a data set, which are streamed; `hf:///a/directory` reads one laid out as on the hub."""
+    """The shards of a streamed data set. `hf:///a/directory` reads a directory that is laid out as on the hub."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
@@ -197,7 +197,7 @@ def _rendered(template: str, numbered: Iterable[tuple[str, Row]], tally: Tally) 
 
 
 def _refuse_lines(source: Source, texts: Iterable[str]) -> Iterator[str]:
-    """The same texts, judged by the first of them: single lines, shuffled, are no text to learn from."""
+    """The same texts. Raises CorpusError if they are lines of one text: shuffled lines are no text to learn from."""
     lengths: list[int] = []
     for text in texts:
         yield text

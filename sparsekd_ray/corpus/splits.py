@@ -1,7 +1,7 @@
-"""Who gets which document: splits by a hash of the text, shares by weight.
+"""The split of each document, by a hash of its text, and the share of each source, by weight.
 
-A document's side depends on its text alone, so one that occurs twice, or in two corpora with the same
-`held_out` (a model's training text and the calibration mix), is never trained on here and judged by there.
+A document's split depends on its text alone. So a document that occurs twice, or in two corpora with the same
+`held_out` (a stand-in's training text and the calibration mix), is in one split only.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ SPLITS = ("train", "valid", "test")
 
 
 def side(text: str, held_out: float) -> str:
-    """A document's split: its hash in [0, 1) is below held_out/2: test, below held_out: valid, or not."""
+    """A document's split by its hash in [0, 1): below held_out / 2 test, below held_out valid, else train."""
     place = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
     return "test" if place < held_out / 2 else "valid" if place < held_out else "train"
 
 
 def quotas(corpus: Corpus) -> dict[str, dict[str, int]]:
-    """Sequences by source and split, {source: {split: rows}}; `CorpusError` where a source would get none."""
+    """Numbers of sequences, {source: {split: rows}}. Raises CorpusError if a source would get none."""
     names = [source.name for source in corpus.sources]
     weights = [source.weight for source in corpus.sources]
     by_source: dict[str, dict[str, int]] = {name: {} for name in names}

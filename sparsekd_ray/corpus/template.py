@@ -1,7 +1,8 @@
-"""How a row becomes text: a template over its columns, as in `{question}\\n{answer}`.
+"""Renders a row of a source as text by a template over its columns, such as `{question}\\n{answer}`.
 
-Only strings and numbers have a spelling that every tool agrees on. A template names whole columns; it cannot look
-inside one. A row with nothing in one of the columns (null, absent, or NaN as pandas writes it) has no text.
+Columns hold strings or numbers, since other values have no spelling that every tool agrees on. A template names whole
+columns and cannot look inside them. A row has no text if one of the columns is null, absent, or NaN (as pandas writes
+null).
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def columns(template: str) -> frozenset[str]:
 
 
 def render(template: str, row: Mapping[str, object], place: str) -> str | None:
-    """The text of a row; None where one of the columns holds nothing.
+    """The text of a row; None if one of the columns is empty.
 
-    place: file and row, for the CorpusError that a value raises that is neither text nor a number.
+    Raises CorpusError for a value that is neither text nor a number. place: file and row, for the message.
     """
     pieces: list[str] = []
     for before, column in parts(template):
@@ -80,7 +81,7 @@ def _spelled(value: object, column: str, place: str) -> str:
 
 
 def _check_surrogates(value: str, column: str, place: str) -> None:
-    """JSON can smuggle in half of a surrogate pair, which no tokenizer takes."""
+    """Raises CorpusError for half of a surrogate pair. JSON can hold one, and no tokenizer takes it."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
-"""From text to tokens: the tokenizer, the token after each document, and the one before it where there is one.
+"""Text → tokens: the tokenizer, the token after each document, and the token before it if there is one.
 
-Control tokens that stand in the text (`<|endoftext|>` in a page about language models) are read as plain text.
+A control token that stands in the text (`<|endoftext|>` in a page about language models) is read as plain text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# End tokens of chat tokenizers that end a turn; their models were pretrained with another one after each text.
+# Chat tokenizers have these end tokens, which end a turn. Their models were pretrained with another token after texts.
 TURN_ENDS = frozenset(
     ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|eot|>", "<|eom_id|>", "<|return|>"]
 )
@@ -39,7 +39,7 @@ TEXT_ENDS = (
 
 @dataclass(frozen=True)
 class Encoder:
-    """Texts → int32 tokens of each, between the beginning token, if there is one, and the separator."""
+    """Turns every text into int32 tokens: the beginning token if there is one, the text, the separator."""
 
     tokenizer: PreTrainedTokenizerFast
     separator: int
@@ -63,9 +63,9 @@ class Encoder:
 
 
 def load_encoder(directory: Path, separator: str | None) -> Encoder:
-    """The encoder of the tokenizer in `directory`; ModelError for one that cannot be used.
+    """The encoder of the tokenizer in `directory`. Raises ModelError if the tokenizer cannot be used.
 
-    separator: the setting; without it, the token that ends a text is chosen.
+    separator: the setting. Without it, the token that ends a text is chosen.
     """
     tokenizer = load(directory)
     after, before = _separator(tokenizer, separator), _beginning(tokenizer)
@@ -76,7 +76,7 @@ def load_encoder(directory: Path, separator: str | None) -> Encoder:
 
 
 def check_context(directory: Path, seq_len: int) -> None:
-    """CorpusError where the model beside the tokenizer takes no sequences of `seq_len` tokens."""
+    """Raises CorpusError if the model of the tokenizer's directory takes no sequences of `seq_len` tokens."""
     config = directory / "config.json"
     values = json.loads(config.read_text()) if config.is_file() else {}
     context = values.get("max_position_embeddings") or (values.get("text_config") or {}).get(
@@ -100,7 +100,7 @@ def _separator(tokenizer: PreTrainedTokenizerFast, setting: str | None) -> int:
     if setting is not None:
         if setting not in vocabulary:
             raise CorpusError(
-                f"corpus.separator is {setting!r}, which is no token of this tokenizer; its special ones are "
+                f"corpus.separator is {setting!r}, which is no token of this tokenizer. Its special tokens are "
                 f"{', '.join(map(str, tokenizer.all_special_tokens))}"
             )
         return int(vocabulary[setting])
@@ -116,7 +116,7 @@ def _separator(tokenizer: PreTrainedTokenizerFast, setting: str | None) -> int:
         )
     logger.warning(
         f"corpus: documents are separated by {end}, which ends a chat turn, since the tokenizer has no token that is "
-        "known to end a text. Where the model was pretrained with another one, set corpus.separator"
+        "known to end a text. If the model was pretrained with another token, set corpus.separator"
     )
     return int(vocabulary[end])
 

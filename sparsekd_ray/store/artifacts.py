@@ -1,13 +1,13 @@
-"""Where results live: artifacts on local disk or S3, shared by every run that sees the same root.
+"""Artifacts on local disk or S3, shared by every run that sees the same root.
 
 An artifact is the directory ``<root>/artifacts/<kind>/<name>-<fingerprint>/``. It exists once its ``record.json``
-does. The record lists every file with its size and sha256 and is written last, so a build that was killed leaves
-none and is done again. A long build keeps what is already finished: ``publish`` stores a file and then a promise of
-its size and sha256 in ``.published/``; the next attempt, on this machine or another, gets the file back with
-``pull``. Every process verifies a file when it first uses it.
+exists. The record lists every file with its size and sha256. It is written last, so a build that was killed leaves no
+record and is done again. A long build keeps its finished files: ``publish`` stores a file, and then a promise of its
+size and sha256 in ``.published/``. The next attempt, on any machine, gets the file back with ``pull``. Every process
+verifies a file when it first uses it.
 
-Local disk and S3 differ in one thing: a local artifact is built and used in its place; an S3 artifact is built and
-used in a scratch directory, which is only a cache.
+A local artifact is built and used in its place. An S3 artifact is built and used in a scratch directory, which is only
+a cache.
 
     store = Store("s3://bucket/sparsekd")
     with store.building(ref) as out:
@@ -38,7 +38,7 @@ from sparsekd_ray.store.record import Record, Ref, StoredFile, installed_version
 
 RECORD = "record.json"
 PROMISES = ".published"
-CHECKPOINTS = "checkpoints"  # working state of a build, deleted once the record stands
+CHECKPOINTS = "checkpoints"  # working state of a build, deleted once the record is written
 
 _hashes: dict[tuple[int, int, int, int], str] = {}
 
@@ -46,8 +46,8 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 class Store(Files):
     """Artifacts, and through ``Files`` the files of runs, under one root: ``Store(root, scratch=None)``.
 
-    StoreError: the store cannot be reached or written. IntegrityError: a file is not what it should be;
-    it names the file, what was expected and found, and what to remove to have it built again.
+    Raises StoreError if the store cannot be reached or written, and IntegrityError if a file is not what was stored.
+    An IntegrityError names the file, what was expected and found, and what to remove to have it built again.
     """
 
     def check_version(self) -> None:
@@ -95,7 +95,7 @@ class Store(Files):
             raise StoreError(f"{self.url(ref.key)} holds no {unknown[0]}. It holds {some} …")
         for relative in listed if files is None else files:
             self._obtain(f"{ref.key}/{relative}", listed[relative], remove=ref.key)
-        if files is None:  # stages read whole directories, so they would use what nobody recorded
+        if files is None:  # stages read whole directories, so they would use files that no record lists
             for relative in sorted(set(_outputs(self.local(ref.key))) - set(listed)):
                 key = f"{ref.key}/{relative}"
                 if not self.remote:
@@ -111,38 +111,38 @@ class Store(Files):
 
     @contextmanager
     def building(self, ref: Ref) -> Iterator[Path]:
-        """``workdir`` for a stage to write into; a full disk becomes a StoreError, whatever met it."""
+        """``workdir`` for a stage to write into. A full disk becomes a StoreError, whichever library reports it."""
         try:
             yield self.workdir(ref)
         except Exception as error:
-            if not disk_full(error):  # which torch, safetensors and Ray report under types of their own
+            if not disk_full(error):  # torch, safetensors and Ray report it by types of their own
                 raise
             raise self.failure(f"building {ref.key}", error) from error
 
     def publish(self, ref: Ref, relative: str) -> StoredFile:
-        """Keep a finished file of ``workdir`` for later attempts and other machines; returns its description.
+        """Keeps a finished file of ``workdir`` for later attempts and other machines; returns its description.
 
         A published file must not change: ``discard`` it before writing it anew.
         """
         promise, file = _promise(ref, relative), describe(self.workdir(ref) / relative)
-        self.delete(promise)  # killed before the new promise, the file counts as never finished
+        self.delete(promise)  # after a kill before the new promise, the file counts as unfinished
         self.upload(f"{ref.key}/{relative}")
         self.write_text(promise, json.dumps(asdict(file)))
         return file
 
     @contextmanager
     def publishing(self, ref: Ref, relative: str) -> Iterator[Path]:
-        """A temporary path for a stage to write a file at; once written, the published file ``relative``."""
+        """A temporary path for a stage to write to. At the block's end it becomes the published file ``relative``."""
         with self.building(ref) as folder:
             path = folder / relative
             path.parent.mkdir(parents=True, exist_ok=True)
-            passing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # whole or not at all
-            yield passing
-            passing.replace(path)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+            yield temporary
+            temporary.replace(path)  # the file appears whole or not at all
             self.publish(ref, relative)
 
     def pull(self, ref: Ref, relative: str) -> Path | None:
-        """A published file of an unfinished artifact, verified, in ``workdir``; None if never finished."""
+        """A published file of an unfinished artifact, verified, in ``workdir``; None if it is not published."""
         promise = _promise(ref, relative)
         file = self._promised(promise)
         return self._obtain(f"{ref.key}/{relative}", file, remove=promise) if file else None
@@ -154,7 +154,7 @@ class Store(Files):
         return sorted(key.removeprefix(top).removesuffix(".json") for key in promises)
 
     def discard(self, ref: Ref, relative: str) -> None:
-        """Delete a file or folder of an unfinished artifact, promises first: half deleted is not finished."""
+        """Deletes a file or folder of an unfinished artifact, promises first: a half-deleted file is unfinished."""
         for key in (_promise(ref, relative), f"{ref.key}/{PROMISES}/{relative}", f"{ref.key}/{relative}"):
             self.delete(key)
 
@@ -167,10 +167,10 @@ class Store(Files):
         metrics: dict[str, Any],
         seconds: float,
     ) -> Record:
-        """Make the artifact exist: store what is not stored yet, then write the record; returns the record.
+        """Makes the artifact exist: stores the files that are not stored yet, then writes and returns the record.
 
-        It lists the published files, wherever they were made, and all others of ``workdir`` except dot
-        names, ``*.tmp`` (removed) and ``checkpoints/`` (removed once the record stands).
+        The record lists the published files, wherever they were made, and all other files of ``workdir``. It leaves
+        out dot names, ``*.tmp`` (removed) and ``checkpoints/`` (removed once the record is written).
         """
         work, files = self.workdir(ref), self._promises(ref)
         for stray in work.rglob("*.tmp"):
@@ -190,21 +190,21 @@ class Store(Files):
             seconds=seconds,
         )
         text = record.to_json()
-        record = Record.from_json(text, ref)  # as it will be read
+        record = Record.from_json(text, ref)  # the caller gets the record as later runs read it
         version.stamp(self)
         self.write_text(f"{ref.key}/{RECORD}", text)
-        # A kill after this line leaves behind files that no record lists: disk space, never a wrong answer.
+        # A kill after this line leaves files that no record lists. They cost disk space and are never read.
         self.delete(f"{ref.key}/{PROMISES}")
         self.delete(f"{ref.key}/{CHECKPOINTS}")
         return record
 
     def lease(self, key: str, holder: str, *, ttl: float = 60.0) -> AbstractContextManager[Lease]:
-        """Hold ``key`` alone, or StoreError if somebody alive does. ``ttl`` seconds of silence end it."""
+        """Holds ``key`` alone; StoreError if a live process holds it. A lease ends after ``ttl`` seconds of silence."""
         return hold(self, f"{key}.lease", holder, ttl)
 
     def _promises(self, ref: Ref) -> dict[str, StoredFile]:
-        """The published files that a record will list. Local ones are verified; those on S3, perhaps made on other
-        machines, were promised after their upload, so they are not downloaded again."""
+        """The published files that a record will list. Local files are verified. Files on S3 were promised after
+        their upload, perhaps by other machines, so they are not downloaded again."""
         files: dict[str, StoredFile] = {}
         for relative in self.published(ref):
             promise = _promise(ref, relative)
@@ -245,7 +245,7 @@ class Store(Files):
 
 
 def locate(artifact: str, scratch: str | None = None) -> tuple[Store, Ref]:
-    """The store and the name of an artifact from its directory or URL. ConfigError if it is none."""
+    """The store and the Ref of an artifact from its directory or URL. Raises ConfigError for any other path."""
     remote = artifact.startswith("s3://")
     root, separator, rest = (artifact if remote else str(Path(artifact).absolute())).rpartition("/artifacts/")
     ref = Ref.from_key(f"artifacts/{rest}" if separator else artifact)
@@ -255,7 +255,7 @@ def locate(artifact: str, scratch: str | None = None) -> tuple[Store, Ref]:
 
 
 def describe(path: Path) -> StoredFile:
-    """Size and sha256 of a file, read once per process while inode, size and modification time stay."""
+    """Size and sha256 of a file. A process reads a file once, unless inode, size or modification time change."""
     stat = path.stat()
     known = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if known not in _hashes:

@@ -1,7 +1,8 @@
-"""Checkpoints of an artifact in the making, kept in the store: `checkpoints/step-000080/`, whole or not at all.
+"""Checkpoints of an artifact that is being built, in the store: `checkpoints/step-000080/`, whole or not at all.
 
-A checkpoint exists once its `complete.json` is published, which is done last and lists all its files; that each is
-there, with its checksum, is verified when it comes back. The artifact's commit deletes them.
+A checkpoint exists once its `complete.json` is published. This file lists all files of the checkpoint and is published
+last. The files and their checksums are verified when the checkpoint is fetched. The artifact's commit deletes all
+checkpoints.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ class Checkpoints:
         self.store, self.ref = store, ref
 
     def folder(self) -> Path:
-        """Where a stage writes its checkpoints before it hands them over."""
+        """Where a stage writes its checkpoints before it publishes them."""
         return self.store.workdir(self.ref) / FOLDER
 
     def publish(self, files: list[Path]) -> None:
-        """Takes over single files of a checkpoint's folder."""
+        """Publishes single files of a checkpoint's folder."""
         for path in files:
             self.store.publish(self.ref, f"{FOLDER}/{path.parent.name}/{path.name}")
 
     def complete(self, name: str) -> None:
-        """Makes the checkpoint exist, once all its files are published, and drops the ones before it."""
+        """Makes the checkpoint exist, once all its files are published, and deletes older checkpoints."""
         listing = self.folder() / name / COMPLETE
         listing.write_text(json.dumps(self.store.published(self.ref, f"{FOLDER}/{name}")))
         self.publish([listing])
@@ -46,7 +47,7 @@ class Checkpoints:
             self.store.discard(self.ref, f"{FOLDER}/{older}")
 
     def save(self, step: int, folder: Path) -> None:
-        """Takes over a whole folder that one process wrote."""
+        """Publishes a complete folder that one process wrote."""
         assert folder.name == tag(step)
         self.publish(sorted(folder.iterdir()))
         self.complete(folder.name)
@@ -57,21 +58,23 @@ class Checkpoints:
         return max((n.split("/")[1] for n in names if n.endswith(f"/{COMPLETE}")), default=None)
 
     def discard_all(self) -> None:
-        """Deletes every checkpoint, what makes it exist first."""
+        """Deletes every checkpoint. `complete.json` goes first, so a half-deleted checkpoint does not exist."""
         for published in self.store.published(self.ref, FOLDER):
             if published.endswith(f"/{COMPLETE}"):
                 self.store.discard(self.ref, published)
         self.store.discard(self.ref, FOLDER)
 
     def forget(self, before: int | None = None) -> None:
-        """Frees this machine's copies, of checkpoints before a step or of all, once the store needs them no more."""
+        """Deletes this machine's scratch copies of the checkpoints before a step, or of all checkpoints."""
         if self.store.remote and self.folder().is_dir():
             for folder in self.folder().iterdir():
                 if before is None or folder.name < tag(before):
-                    shutil.rmtree(folder, ignore_errors=True)  # another worker of this machine may be first
+                    shutil.rmtree(
+                        folder, ignore_errors=True
+                    )  # another worker of this machine may delete it too
 
     def fetch(self, name: str, only: str | None = None) -> Path:
-        """The folder of a complete checkpoint, with every file that it lists, or one of them, verified."""
+        """The folder of a complete checkpoint, with every file (or the one named `only`) present and verified."""
         top = f"{FOLDER}/{name}"
         listing = self.store.pull(self.ref, f"{top}/{COMPLETE}")
         assert listing is not None, f"{name} is complete"

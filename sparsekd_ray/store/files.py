@@ -1,7 +1,7 @@
 """Files under one root, on local disk or S3, by key.
 
-A key is a path relative to the root. Writing is all or nothing: a reader, or a kill, never meets half a
-file. What goes wrong becomes a StoreError that says what was found and what to do.
+A key is a path relative to the root. A file is written whole or not at all, also if the process is killed. Failures
+become a StoreError that says what was found and what to do.
 """
 
 import errno
@@ -22,7 +22,7 @@ from typing import Any
 from sparsekd_ray.errors import ConfigError, StoreError
 from sparsekd_ray.store import s3
 
-# What torch, safetensors and Ray make of a full disk: they keep the words, if anything, and lose the errno.
+# Words in the errors of torch, safetensors and Ray for a full disk. These errors carry no errno.
 DISK_FULL = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed", "unexpected pos")
 
 
@@ -31,7 +31,7 @@ class Files:
     """Files below ``root``, a local directory or ``s3://bucket/prefix``; pickles as two strings."""
 
     root: str
-    scratch: str | None = None  # where files of an S3 root are kept on this machine; ~/.cache/sparsekd-ray
+    scratch: str | None = None  # local copies of an S3 root; by default ~/.cache/sparsekd-ray
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", _normal_root(self.root))
@@ -41,17 +41,17 @@ class Files:
         return self.root.startswith("s3://")
 
     def url(self, key: str) -> str:
-        """Where a key lies, as a person would type it."""
+        """The path or URL of a key, as a person would type it."""
         return f"{self.root}/{key}"
 
     def local(self, key: str) -> Path:
-        """Where a key lies on this machine: its place in a local root, its scratch copy for S3."""
+        """The path of a key on this machine: below a local root, or its scratch copy for S3."""
         if not self.remote:
             return Path(self.root, key)
         return self._scratch() / self.root.removeprefix("s3://") / key
 
     def lock_path(self, key: str) -> Path:
-        """A lock file of this user's own: the machine's users may share a scratch directory, but not their locks."""
+        """A lock file of this user. Users of a machine may share a scratch directory, but not their locks."""
         folder = self._scratch() / f".locks-{os.getuid()}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{hashlib.sha256(self.url(key).encode()).hexdigest()[:24]}.lock"
@@ -60,7 +60,7 @@ class Files:
         return Path(self.scratch or "~/.cache/sparsekd-ray").expanduser().absolute()
 
     def check(self) -> None:
-        """Prove within seconds that this process may write, list, read and delete here; StoreError if not."""
+        """Tries within seconds to write, list, read and delete a file. Raises StoreError if that fails."""
         probe = uuid.uuid4().hex
         path = self._path(f".check-{probe}")
         with self.explaining("trying to write, list, read and delete a file"):
@@ -90,7 +90,7 @@ class Files:
                 return None
 
     def read_hastily(self, key: str) -> bytes | None:
-        """As `read_bytes`, but a server that is silent ends it within about ten seconds instead of minutes."""
+        """As `read_bytes`, but gives up on a silent server after about ten seconds instead of minutes."""
         with self.explaining(f"reading {key}"):
             files = s3.client(hasty=True) if self.remote else self._files
             try:
@@ -113,13 +113,13 @@ class Files:
         self.write_bytes(key, text.encode())
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a file unless it exists. True: it is ours. False: it exists, or the server cannot promise
-        (rclone ignores the condition and overwrites): wait a moment and read it to see whose it is."""
+        """Writes a file unless it exists. True: this process wrote the file. False: the file exists, or the server
+        ignores the condition and overwrites (rclone). The caller then waits a moment and reads whose file it is."""
         with self.explaining(f"creating {key}"):
             if not self.remote:
                 return _create(self.local(key), data)
             try:
-                for _ in range(2):  # accepted twice: the server ignores conditions
+                for _ in range(2):  # a server that accepts both writes ignores the condition
                     self._files.pipe_file(self._path(key), data, mode="create")
             except OSError as error:
                 if s3.code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
@@ -130,7 +130,7 @@ class Files:
             return False
 
     def delete(self, key: str) -> None:
-        """Delete the file ``key``, or all files below it, here and in scratch; no error if there is none."""
+        """Deletes the file ``key``, or all files below it, in the store and in scratch; no error if there is none."""
         with self.explaining(f"deleting {key}"):
             if self.remote and (keys := self.list_keys(key)):
                 self._files.rm([self._path(doomed) for doomed in keys])
@@ -138,14 +138,14 @@ class Files:
             shutil.rmtree(local) if local.is_dir() else local.unlink(missing_ok=True)
 
     def upload(self, key: str) -> None:
-        """Store ``local(key)``; on local disk it is stored already."""
+        """Uploads ``local(key)`` to S3. On local disk it is stored already."""
         if self.remote:
             with self.explaining(f"uploading {key}"):
                 self._files.put_file(str(self.local(key)), self._path(key))
 
     @contextmanager
     def download(self, key: str) -> Iterator[Path]:
-        """A temporary local copy of a stored file (no file if there is none), to be verified and renamed."""
+        """A temporary local copy of a stored file, to be verified and renamed. If there is no such file, no copy."""
         path = _temporary(self.local(key))
         try:
             with self.explaining(f"downloading {key}"), suppress(FileNotFoundError):
@@ -157,7 +157,7 @@ class Files:
 
     @contextmanager
     def explaining(self, doing: str) -> Iterator[None]:
-        """Turn what a file system raises into a StoreError; without its cause, which may quote a key."""
+        """Turns an error of the file system into a StoreError without its cause, which may quote a key."""
         failures = s3.failures() if self.remote else (OSError,)
         try:
             yield
@@ -165,7 +165,7 @@ class Files:
             raise self.failure(doing, error) from None
 
     def failure(self, doing: str, error: Exception) -> StoreError:
-        """The error in words; a full disk is recognised whichever library met it."""
+        """The error in words. A full disk is recognised whichever library reports it."""
         if disk_full(error):
             fault, advice = f"no space left on device, {_free(self.local(''))}", "Free space and resubmit."
         elif self.remote and not getattr(error, "filename", None):
@@ -193,15 +193,15 @@ def disk_full(error: BaseException) -> bool:
 
 
 def _normal_root(root: str) -> str:
-    """An absolute local path (Ray's workers run elsewhere) or ``s3://bucket/prefix``. A refused address
-    is not quoted: it may hold a secret."""
+    """An absolute local path (Ray's workers have other working directories) or ``s3://bucket/prefix``. The error for a
+    refused address does not quote it, because it may hold a secret."""
     scheme, _, rest = root.rpartition("://")
     if scheme in ("", "file") and rest:
         return os.path.abspath(os.path.expanduser(rest))
     if "@" in rest:
         raise ConfigError(
-            "The store's root carries credentials (something before an @). Give s3://bucket/prefix alone, and "
-            "them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or the role of the machine."
+            "The store's root carries credentials (text before an @). Give s3://bucket/prefix alone, and give the "
+            "credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or the role of the machine."
         )
     if not re.fullmatch(r"s3://[A-Za-z0-9._-]+(/[^?#]*)?", root):
         raise ConfigError(
@@ -212,8 +212,8 @@ def _normal_root(root: str) -> str:
 
 @functools.lru_cache
 def _filesystem(remote: bool, process: int) -> Any:
-    """The fsspec file system; one per ``process``, since connections do not survive a fork."""
-    import fsspec  # a tenth of a second that --help need not pay for
+    """The fsspec file system. Every process has its own, since connections do not survive a fork."""
+    import fsspec  # takes a tenth of a second, which --help does not need
 
     return s3.client() if remote else fsspec.filesystem("file")
 
@@ -225,7 +225,7 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def _written(path: Path, data: bytes) -> Iterator[Path]:
-    """A temporary file beside ``path`` with the data on disk; removed at the end if it is still there."""
+    """A temporary file beside ``path`` that holds the data. It is removed at the end if it is still there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -244,7 +244,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _create(path: Path, data: bytes) -> bool:
-    """By a hard link, which appears with its contents or not at all; where the disk knows none, no promise."""
+    """Creates the file by a hard link, so that it appears whole. A disk without hard links overwrites: False."""
     with _written(path, data) as temporary:
         try:
             os.link(temporary, path)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SETTLE_SECONDS = {False: 0.3, True: 1.0}  # between a rival's read and its write, on local disk and on S3
+# Longest time between a rival's read and its write: {store is remote: seconds}.
+SETTLE_SECONDS = {False: 0.3, True: 1.0}
 
 
 class Lease:
@@ -40,14 +41,14 @@ class Lease:
         self.lost = threading.Event()
 
     def ensure(self) -> None:
-        """StoreError unless the lease is still ours; call it before anything that two must not do."""
+        """Raises StoreError if another process took the lease over. Called before work that must not be done twice."""
         if time.time() - self.body["heartbeat"] > self.ttl / 2:  # the heartbeat thread is late
             self.beat()
         if self.lost.is_set():
             holder = _read(self.store, self.key).get("holder", "nobody")
             raise StoreError(
                 f"{self.store.url(self.key)} was taken over while this process was silent: {holder} holds it. "
-                f"Let that one work, or stop it and resubmit."
+                f"Let that process work, or stop it and resubmit."
             )
 
     def beat(self) -> None:
@@ -92,7 +93,7 @@ def _claim(lease: Lease) -> None:
 
 
 def _watch(lease: Lease, rival: dict[str, Any]) -> None:
-    """Return once the holder may be taken for dead; StoreError at its first sign of life."""
+    """Returns once the holder counts as dead. Raises StoreError at its first sign of life."""
     silent = time.time() - rival.get("heartbeat", 0)
     if silent <= lease.ttl and _same_machine(rival):
         raise _held_by(lease, rival)
@@ -103,15 +104,15 @@ def _watch(lease: Lease, rival: dict[str, Any]) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(lease.ttl / 60)
-        if (now := _read(lease.store, lease.key)) != rival:
-            if now:
-                raise _held_by(lease, now)
-            return  # released meanwhile
+        if (current := _read(lease.store, lease.key)) != rival:
+            if current:
+                raise _held_by(lease, current)
+            return  # the holder released it
 
 
 def _beat_until(lease: Lease, stop: threading.Event) -> None:
     while not stop.wait(lease.ttl / 4) and not lease.lost.is_set():
-        with suppress(StoreError):  # a store that is away for a moment; ensure() speaks up if it stays away
+        with suppress(StoreError):  # the store may be away for a moment; ensure() raises if it stays away
             lease.beat()
 
 
@@ -129,8 +130,8 @@ def _body(holder: str) -> dict[str, Any]:
 
 
 def _process_table() -> str:
-    """Whose process numbers ours are comparable with. A host name is not enough: machines are cloned, and
-    containers on the host's network share its name but not its processes."""
+    """Names the process table that this process's number belongs to. A host name is not enough: machines are cloned,
+    and containers on the host's network share its name but not its processes."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.exists():
         return f"{uuid.getnode():x}"
@@ -142,7 +143,7 @@ def _same_machine(body: dict[str, Any]) -> bool:
 
 
 def _dead(body: dict[str, Any]) -> bool:
-    """Whether a lease's process is known to be gone; never known of another machine's."""
+    """Whether a lease's process is known to have ended. Processes of other machines are never known to."""
     if not _same_machine(body):
         return False
     try:
@@ -154,7 +155,7 @@ def _dead(body: dict[str, Any]) -> bool:
 
 
 def _read(store: "Store", key: str) -> dict[str, Any]:
-    """The lease's body; empty if there is none, or none that can be read."""
+    """The lease's body; empty if there is no lease, or if it cannot be parsed."""
     try:
         body = json.loads(store.read_bytes(key) or b"{}")
     except ValueError:
@@ -164,8 +165,8 @@ def _read(store: "Store", key: str) -> dict[str, Any]:
 
 def _held_by(lease: Lease, rival: dict[str, Any]) -> StoreError:
     age = time.time() - rival.get("heartbeat", 0)
-    who, since = rival.get("holder", "somebody"), rival.get("since", "an unknown time")
+    holder, since = rival.get("holder", "somebody"), rival.get("since", "an unknown time")
     return StoreError(
-        f"{lease.store.url(lease.key)} is held by {who} since {since}, last heard of {age:.0f} s ago. "
-        f"Only one may work on it at a time: wait for its end, or stop it, then resubmit."
+        f"{lease.store.url(lease.key)} is held by {holder} since {since}, last heard of {age:.0f} s ago. "
+        f"Only one process may work on it at a time. Wait for its end or stop it, then resubmit."
     )

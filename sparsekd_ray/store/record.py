@@ -1,4 +1,4 @@
-"""What makes an artifact exist: its name, and the record that says what it holds and what it was made of."""
+"""The name of an artifact, and its record: what the artifact holds and what it was made of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("sparsekd-ray", "torch", "transformers", "ray", "deepspeed")
 
 @dataclass(frozen=True)
 class Ref:
-    """Names one artifact: its kind, what a reader calls it, and the fingerprint of all that determines it."""
+    """Names one artifact by its kind, a readable name, and the fingerprint of everything that determines it."""
 
     kind: str
     name: str
@@ -39,7 +39,7 @@ class Ref:
 
     @classmethod
     def from_key(cls, key: str) -> Ref:
-        """The Ref with this key. ConfigError if it is no artifact's."""
+        """The Ref with this key. Raises ConfigError if the key names no artifact."""
         parts = re.fullmatch(r"artifacts/([^/]+)/([^/]+)-([^/-]+)/?", key)
         if parts is None:
             raise ConfigError(f"{key!r} is no artifact: expected artifacts/<kind>/<name>-<fingerprint>")
@@ -48,7 +48,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """What a file must be: its size in bytes, and the sha256 of its contents in hex."""
+    """The expected size of a file in bytes, and the sha256 of its contents in hex."""
 
     size: int
     sha256: str
@@ -56,7 +56,7 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What an artifact is, was made of, and measured."""
+    """The record of an artifact: what it is, what it was made of, and what was measured."""
 
     ref: Ref
     identity: dict[str, Any]
@@ -65,15 +65,15 @@ class Record:
     """Role of every input → key of the artifact."""
     metrics: dict[str, Any]
     files: dict[str, StoredFile]
-    """Path below the artifact's directory → what the file must be."""
+    """Path below the artifact's directory → expected size and sha256."""
     versions: dict[str, str | None]
     created: str
     """UTC, as 2026-01-31T23:59:59Z."""
     seconds: float
-    """What its making took."""
+    """How long the artifact took to make."""
 
     def to_json(self) -> str:
-        """As it is stored: sealed, so that a changed figure in it is found like a changed weight."""
+        """The stored form. It has a seal (a checksum), so that a changed figure is found like a changed weight."""
         content = asdict(self)
         content |= content.pop("ref")
         return json.dumps(content | {"seal": _seal(content)}, indent=2, sort_keys=True)
@@ -92,10 +92,10 @@ class Record:
 
 
 def stored_file(path: str, described: dict[str, Any]) -> StoredFile:
-    """ValueError unless `path` stays inside its directory: others may write to a shared bucket."""
+    """Raises ValueError if `path` leaves its directory: other people may write to a shared bucket."""
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or set(described) != {"size", "sha256"}:
-        raise ValueError(f"it lists {path!r}, as no record of ours does")
+        raise ValueError(f"it lists {path!r}, which no record of this package does")
     return StoredFile(**described)
 
 
@@ -109,7 +109,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Of what computed the figures, without importing any of it; None if it is not installed."""
+    """Versions of the packages that compute figures, without importing them; None for one that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         versions[package.replace("-", "_")] = None

@@ -1,7 +1,6 @@
-"""The S3 client, and how it fails, in words.
+"""The S3 client, and messages for its errors.
 
-Those words are made from the types and codes of errors, never from the server's own text, which may quote
-a key.
+A message is made from the type and code of an error, never from the server's own text, because that may quote a key.
 """
 
 import os
@@ -51,18 +50,18 @@ CODES = {
     "PermanentRedirect": WRONG_REGION,
     "IllegalLocationConstraintException": WRONG_REGION,
 }
-"""What the server's error code means, and what to do about it."""
+"""Error code of the server → what it means, and what to do about it."""
 
 
 def client(hasty: bool = False) -> Any:
-    """An s3fs file system whose credentials and endpoint come from the usual AWS places. ``hasty`` gives
-    up on a silent endpoint within about ten seconds instead of minutes."""
-    import aiobotocore.session  # half a second that --help need not pay for
+    """An s3fs file system with credentials and endpoint from the usual AWS places. With ``hasty``, it gives up on a
+    silent endpoint after about ten seconds instead of minutes."""
+    import aiobotocore.session  # takes half a second, which --help does not need
     import botocore.handlers
     import s3fs
 
     session = aiobotocore.session.AioSession()
-    # With this header a PUT to an endpoint gone silent waits for its "100 Continue" under no timeout at all.
+    # With this header, a PUT to a silent endpoint waits for "100 Continue" without any timeout.
     session.unregister("before-call.s3", botocore.handlers.add_expect_header)
     connect, read, attempts = (3, 3, 2) if hasty else (10, 60, 4)
     retries = {"total_max_attempts": attempts, "mode": "standard"}
@@ -77,7 +76,7 @@ def client(hasty: bool = False) -> Any:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Everything that a request may raise; ValueError is botocore's answer to an endpoint that is no URL."""
+    """Types of the errors that a request may raise. botocore raises ValueError for an endpoint that is no URL."""
     import aiohttp
     from botocore import exceptions
 
@@ -93,7 +92,7 @@ def code(error: BaseException) -> str | None:
 
 
 def explain(error: Exception) -> tuple[str, str]:
-    """What a failed request found, and what to do about it."""
+    """(what a failed request found, what to do about it), in words."""
     answer, kinds = code(error), {kind.__name__ for kind in type(error).__mro__}
     reason, endpoint = answer or type(error).__name__, _endpoint()
     if reason in CODES:
@@ -111,7 +110,10 @@ def explain(error: Exception) -> tuple[str, str]:
         advice = "Create the bucket, or correct the store's root or AWS_ENDPOINT_URL."
         return f"{endpoint} has no such bucket ({reason})", advice
     if reason == "InternalError" or reason.startswith("5"):
-        return f"{endpoint} failed ({reason}), as a server does whose disk is full", "Mend it, then resubmit."
+        return (
+            f"{endpoint} failed ({reason}), as a server does whose disk is full",
+            "Mend the server, then resubmit.",
+        )
     if answer is None and (kinds & UNTRUSTED or kinds & UNREACHABLE):
         return _unreachable(endpoint, reason, untrusted=bool(kinds & UNTRUSTED))
     if "ValueError" in kinds:

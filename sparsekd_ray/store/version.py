@@ -1,4 +1,4 @@
-"""Which version of this package a store belongs to: `<root>/store.json` holds the number of its format.
+"""The format of a store: `<root>/store.json` holds its number.
 
 The number is written before a store's first record and raised when older records can no longer be used.
 """
@@ -19,13 +19,13 @@ FILE = "store.json"
 
 
 def stamp(store: Store) -> None:
-    """Gives a new store its number."""
+    """Writes the number of the format into a new store."""
     if store.read_bytes(FILE) is None:
         store.write_text(FILE, json.dumps({"format": FORMAT}))
 
 
 def check(store: Store) -> None:
-    """StoreError, within seconds, if the store does not answer or was written by another version."""
+    """Raises StoreError within seconds if the store does not answer or has another format."""
     text = store.read_hastily(FILE)
     if text is None and not any(key.endswith("/record.json") for key in store.list_keys("artifacts")):
         return
@@ -33,5 +33,5 @@ def check(store: Store) -> None:
     if number != FORMAT:
         raise StoreError(
             f"Store {store.root} has format {number}; this version of sparsekd-ray reads and writes format {FORMAT}. "
-            "Nothing was changed. Give another --execution.store, or remove this one."
+            "Nothing was changed. Give another --execution.store, or remove this store."
         )
