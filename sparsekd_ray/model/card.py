@@ -36,10 +36,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 
 class CardFacts(TypedDict, total=False):
-    """What a card states beside what the directory itself tells."""
+    """Facts on a model card that the model directory itself does not hold."""
 
     sparsity: Required[float]
-    """Share of the dense model's MLP parameters that is gone, or zero."""
+    """Share of the dense model's MLP parameters that were removed or set to zero."""
     method: str
     """The pruning method's name."""
     made: str
@@ -47,12 +47,12 @@ class CardFacts(TypedDict, total=False):
     student_form: str
     """The form of the method's students: low-rank, narrower, shallower or masked."""
     distilled: bool
-    """False for a student as it was cut."""
+    """False for a student that was pruned and not trained afterwards."""
     perplexity: Figures
     dense_perplexity: Figures
     parameters: int
     biased: bool
-    """Its low-rank matrices have biases."""
+    """True if the low-rank matrices have biases."""
 
 
 def model_card(facts: CardFacts, form: Form, origin: Origin) -> str:
@@ -98,7 +98,7 @@ def _history(facts: CardFacts) -> str:
 
 
 def _contents(facts: CardFacts, form: Form) -> str:
-    """How the sparsity shows in this directory, and what it is good for."""
+    """What the sparsity means for the weights, the size and the speed of this form."""
     share = f"{facts['sparsity']:.1%} of the dense model's MLP parameters"
     if form == "low-rank":
         text = (
@@ -144,9 +144,9 @@ def _results(facts: CardFacts) -> Iterator[EvalResult]:
 def _figures(measured: Figures | None) -> Iterator[tuple[Literal["paper", "gptq", "words"], str, Figure]]:
     """Protocol, text ("all" or a domain) and figure of everything that was measured."""
     for protocol in PROTOCOLS:
-        if measured and (whole := measured.get(protocol)):
-            yield protocol, "all", whole
-            for domain, figure in whole["domains"].items():
+        if measured and (overall := measured.get(protocol)):
+            yield protocol, "all", overall
+            for domain, figure in overall["domains"].items():
                 yield protocol, domain, figure
 
 

@@ -1,8 +1,8 @@
 """The export stage: a student as directories that stock tools load, each proved by loading it as users do.
 
-A low-rank student gives two: `low-rank/` with `modeling_sparsekd.py`, which transformers runs with
+A low-rank student gives two directories: `low-rank/` with `modeling_sparsekd.py`, which transformers runs with
 trust_remote_code=True, and `merged/`, the same function as a stock dense model, larger but loaded anywhere without
-code. A student of stock architecture (narrower, shallower or masked) is one already: `stock/`. Each carries the
+code. A student of stock architecture (narrower, shallower or masked) gives one, `stock/`. Each holds the
 tokenizer and a model card whose usage snippet runs as printed from inside the directory.
 """
 
@@ -24,8 +24,8 @@ from sparsekd_ray.model.card import NOT_MERGED, CardFacts, Form, model_card
 logger = logging.getLogger(__name__)
 
 TOLERANCES: dict[Form, float] = {"low-rank": 1e-5, "stock": 1e-5, "merged": 1e-3}
-"""Allowed difference in float32, relative to the largest logit. A merged student is another sum of the same products:
-SmolLM2's 30 layers round it to 4e-5."""
+"""Allowed difference in float32, relative to the largest logit. A merged student adds the same products in another
+order: in SmolLM2's 30 layers the rounding grows to 4e-5."""
 
 Exported = dict[str, dict[str, int | float | str]]
 """By form: `params` and `logits_difference`, relative to the largest logit; `absent`, the reason, for `merged` of a
@@ -70,7 +70,8 @@ def _check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise ModelError(
-            f"the export's directory {out} cannot be written ({error.strerror}): choose another, or mend its rights"
+            f"the export's directory {out} cannot be written ({error.strerror}): choose another, or "
+            "correct its permissions"
         ) from error
 
 
@@ -79,7 +80,8 @@ def _prove(
 ) -> tuple[int, float]:
     """Load a directory as its user does, compare the logits with those of `model`, and generate.
 
-    Returns its parameters and the difference of its logits. Raises ModelError if anything is not as it should be.
+    Returns its parameters and the difference of its logits. Raises ModelError if the directory
+    loads as another model or does not generate.
     """
     if spec.is_low_rank(variant):
         with _shipped_class(path, variant.config.auto_map["AutoModelForCausalLM"]) as model_class:
@@ -93,9 +95,8 @@ def _prove(
 def _shipped_class(path: Path, reference: str) -> Iterator[type[PreTrainedModel]]:
     """A class of the code beside the weights, by its `module.Class` in `auto_map`, imported from that file alone.
 
-    AutoModelForCausalLM would prefer the class of this package, which `loading` registers, and prove nothing of the
-    shipped file. Where the package is absent it copies the file to a cache below HF_HOME, which need not be writable
-    here.
+    AutoModelForCausalLM would take the class of this package, which `loading` registers, and would prove nothing about
+    the shipped file. Without the package it would copy the file to a cache below HF_HOME, which may not be writable.
     """
     module_name, _, class_name = reference.partition(".")
     name = f"sparsekd_export_{module_name}"
@@ -122,10 +123,10 @@ def _compare(
     allowed = tolerance if model.dtype == torch.float32 else 8 * torch.finfo(model.dtype).eps
     prompt = torch.zeros(1, 1, dtype=torch.long)
     generated: torch.Tensor = loaded.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)  # type: ignore[operator]
-    new = generated.shape[1] - 1
-    if params != expected or not difference <= allowed or new != 4:
+    new_tokens = generated.shape[1] - 1
+    if params != expected or not difference <= allowed or new_tokens != 4:
         raise ModelError(
             f"{path} does not load as exported: {params} parameters instead of {expected}, logits differ by "
-            f"{difference:.1e} (allowed {allowed:.0e}), {new} tokens generated instead of 4"
+            f"{difference:.1e} (allowed {allowed:.0e}), {new_tokens} tokens generated instead of 4"
         )
     return params, difference

@@ -25,11 +25,11 @@ since the last bits of a product depend on it."""
 
 
 def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor) -> Tensor:
-    """What the head is applied to [B, L, D], whatever the model's config would have its forward pass return."""
-    found = model.base_model(
+    """The head's input: final hidden states [B, L, D], whatever outputs the model's config asks for."""
+    output = model.base_model(
         input_ids=input_ids_BL, use_cache=False, return_dict=True, output_attentions=False
     )
-    hidden_BLD: Tensor = found.last_hidden_state
+    hidden_BLD: Tensor = output.last_hidden_state
     return hidden_BLD
 
 

@@ -30,7 +30,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def local_directory(model: Model) -> Path | None:
-    """The directory `model.path` names; None for a hub id. Raises ModelError for what can be neither."""
+    """The directory `model.path` names; None for a hub id. Raises ModelError if it can be neither."""
     path = Path(str(model.path)).expanduser()
     try:
         if path.is_dir():
@@ -38,8 +38,8 @@ def local_directory(model: Model) -> Path | None:
     except OSError as error:
         raise ModelError(f"model.path {model.path!r} cannot be looked at: {error}") from error
     if path.is_absolute() or str(model.path).startswith(".") or not HUB_ID.fullmatch(str(model.path)):
-        what = "a file" if path.is_file() else "no directory"
-        raise ModelError(f"model.path {model.path!r} is {what}: give a Hugging Face directory or a hub id")
+        actual = "a file" if path.is_file() else "no directory"
+        raise ModelError(f"model.path {model.path!r} is {actual}: give a Hugging Face directory or a hub id")
     return None
 
 
@@ -52,10 +52,10 @@ def label(model: Model) -> str:
 
 
 def identify(model: Model) -> dict[str, object]:
-    """What makes the weights and their reading: digests of a local directory's files, or a hub id with its revision.
+    """The identity of weights and tokenizer: digests of a local directory's files, or a hub id with its revision.
 
-    Cards and licences bear on no number and are left out. Raises ModelError for a directory that cannot become a
-    dense model: unsupported, incomplete, or under a licence that forbids students.
+    Cards and licences are left out, because they change no number. Raises ModelError for a directory that cannot
+    become a dense model: unsupported, incomplete, or under a licence that forbids students.
     """
     directory = local_directory(model)
     if directory is None:
@@ -93,7 +93,7 @@ def import_model(model: Model, out: Path) -> dict[str, int]:
 
     Returns its parameters, `params`, and those of its MLP matrices, `mlp_params`.
     The tokenizer is written in its portable form, so that corpus, students and exports share its tokens. Raises
-    ModelError if the model cannot be had, is not supported, is not what `model.shape` states, has no fitting
+    ModelError if the model cannot be obtained, is not supported, is not what `model.shape` states, has no fitting
     tokenizer, or is under a licence that forbids students.
     """
     source = local_directory(model) or _download(model)
@@ -118,16 +118,15 @@ def _hub_id(model: Model) -> str | None:
 
 
 def _download(model: Model) -> Path:
-    """A local snapshot of what is needed of the hub's repository; its card and licence are judged before its weights.
+    """A local snapshot of the needed files of the hub's repository. The licence is checked before the weights.
 
     Raises ModelError if the hub does not give it, or the cache cannot be written.
     """
     folder = _snapshot(model, DESCRIPTIONS)
     spec.check_supported(folder)
     origin.check_license(folder, origin.read(folder, str(model.path)))
-    index = (
-        folder / weights.INDEX
-    )  # a repository may hold other weights too, and only the index tells which are meant
+    # a repository may hold other weights too, and only the index tells which ones belong to the model
+    index = folder / weights.INDEX
     names = weights.files_in_index(index) if index.is_file() else []
     return _snapshot(model, (*DESCRIPTIONS, weights.SINGLE, *names))
 
@@ -148,7 +147,7 @@ def _snapshot(model: Model, patterns: tuple[str, ...]) -> Path:
 
 
 def _cache_advice() -> str:
-    """What to do about the hub's cache; nothing if it can be written."""
+    """Advice for a hub cache that cannot be written; empty if it can be."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)
@@ -191,14 +190,14 @@ def _check_shape(shape: Shape, values: dict[str, object]) -> None:
 
 def _check_tokenizer(directory: Path, vocab: int) -> None:
     """ModelError unless the tokenizer fits the model and can separate documents."""
-    read = tokenizer.load(directory)
-    highest = max(read.get_vocab().values(), default=-1)
+    loaded = tokenizer.load(directory)
+    highest = max(loaded.get_vocab().values(), default=-1)
     if highest >= vocab:
         raise ModelError(
             f"the tokenizer beside the model has ids up to {highest}, the model's vocabulary {vocab} entries: "
             "they do not belong together"
         )
-    if read.eos_token_id is None:
+    if loaded.eos_token_id is None:
         raise ModelError(
             "the model's tokenizer has no end-of-text token, which separates documents: set eos_token in its "
             "tokenizer_config.json"

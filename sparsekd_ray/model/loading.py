@@ -51,8 +51,8 @@ def mlp_bias(model: PreTrainedModel, name: str) -> torch.Tensor | None:
         return None
 
     def bias(module: nn.Module) -> torch.Tensor:  # a dense matrix of such a model has none
-        found = getattr(module, "bias", None)
-        return torch.zeros(int(getattr(module, "out_features"))) if found is None else found.detach()  # noqa: B009
+        bias_m = getattr(module, "bias", None)
+        return torch.zeros(int(getattr(module, "out_features"))) if bias_m is None else bias_m.detach()  # noqa: B009
 
     return _read_projection(model, name, lambda module: bias(module).double())
 
@@ -60,7 +60,7 @@ def mlp_bias(model: PreTrainedModel, name: str) -> torch.Tensor | None:
 def _read_projection(
     model: PreTrainedModel, name: str, read: Callable[[nn.Module], torch.Tensor]
 ) -> torch.Tensor:
-    """What `read` gives for an MLP matrix, joined or split where the model holds gate and up otherwise."""
+    """The result of `read` for an MLP matrix, joined or split where the model stores gate and up in the other way."""
     import torch
 
     parent, _, leaf = name.rpartition(".")
@@ -80,7 +80,7 @@ def _read_projection(
 
 @cache
 def classes(model_type: str) -> families.StockClasses:
-    """Config, base and causal class of a stock or low-rank model type; makes the latter known to the Auto classes."""
+    """Config, base and causal class of a stock or low-rank model type; the Auto classes learn the low-rank ones."""
     import transformers
 
     from sparsekd_ray.model import low_rank
@@ -108,7 +108,7 @@ def load(
     spec.check_supported(values)
     weights.weight_files(Path(path))
     if not spec.is_low_rank(values):
-        values.pop("auto_map", None)  # the repository's own code, neither run nor shipped by us
+        values.pop("auto_map", None)  # names the repository's own code, which is neither run nor shipped
     model = _checked(str(path), values, path, dtype=dtype, use_safetensors=True, local_files_only=True)
     placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     _probe_once(placed, json.dumps(values, sort_keys=True, default=str))
@@ -138,10 +138,8 @@ def _checked(
     from safetensors import SafetensorError
 
     config_class, _, causal_class = classes(str(values["model_type"]))
-    report: dict[str, Any] = {
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }  # returned to us, not only logged
+    # misfits come back in the loading info; without these options transformers only logs them
+    report: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         config = config_class.from_dict({k: v for k, v in values.items() if k != "model_type"})
         loaded: Any = causal_class.from_pretrained(source, config=config, **options, **report)
@@ -151,8 +149,8 @@ def _checked(
     info: dict[str, Any] = loaded[1]
     if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
         raise ModelError(f"{name} does not hold the weights of its config: {wrong}")
-    if (found := count_parameters(model)) != (expected := spec.total_parameters(values)):
-        raise ModelError(f"{name} has {found} parameters, but its config implies {expected}")
+    if (params := count_parameters(model)) != (expected := spec.total_parameters(values)):
+        raise ModelError(f"{name} has {params} parameters, but its config implies {expected}")
     _check_matrices(name, model, values)
     return model
 
@@ -162,9 +160,9 @@ def _check_matrices(name: str, model: PreTrainedModel, values: Mapping[str, obje
     from sparsekd_ray.model import probe
 
     stock = spec.stock_values(values)
-    found, expected = probe.structure(families.meta_model(stock)), spec.shapes_from_config(stock)
-    if list(found.items()) != list(expected.items()):
-        raise ModelError(f"{name} has the MLP matrices {found}, but its config implies {expected}")
+    shapes, expected = probe.structure(families.meta_model(stock)), spec.shapes_from_config(stock)
+    if list(shapes.items()) != list(expected.items()):
+        raise ModelError(f"{name} has the MLP matrices {shapes}, but its config implies {expected}")
 
 
 def rebuild(

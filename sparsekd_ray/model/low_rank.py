@@ -1,11 +1,11 @@
 """Language models whose MLP matrices may be products of two thin ones: SparseKD's low-rank students.
 
-The architecture is a stock one of transformers, say that of model type `llama`. The student's type is then
+The architecture is a stock one of transformers, for example that of model type `llama`. The student's type is then
 `sparsekd_llama`; its classes are `LowRankLlamaConfig`, `LowRankLlamaModel` and `LowRankLlamaForCausalLM`. This module
-makes them on first use, of any stock class whose MLP has a gate, an up and a down projection.
+makes them on first use, from any stock class whose MLP has a gate, an up and a down projection.
 
-A matrix W [m, n] that `config.sparsekd_ranks` lists with rank r is held in one of two forms, the same for all of a
-model (`config.sparsekd_storage`). One that is not listed stays dense.
+A matrix W [m, n] that `config.sparsekd_ranks` lists with rank r is stored in one of two forms. All matrices of a model
+have the same form (`config.sparsekd_storage`). A matrix that is not listed stays dense.
 
 - factors: y = B (A x), with `A.weight` [r, n] and `B.weight` [m, r]; r (m + n) parameters instead of m n;
 - gauge (pivoted; PIFA): y = U (x_P + C x_rest), where `order` [n] lists the inputs, x_P the first r of them and x_rest
@@ -89,7 +89,7 @@ class GaugeLinear(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """An MLP that is not all dense and holds gate and up as one matrix, gate first."""
+    """An MLP with low-rank matrices that stores gate and up as one matrix, gate first."""
 
     def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module, act_fn: nn.Module) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class FusedMLP(nn.Module):
 
 
 class SeparateMLP(nn.Module):
-    """An MLP that is not all dense and holds gate and up apart."""
+    """An MLP with low-rank matrices that stores gate and up as two matrices."""
 
     def __init__(
         self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, act_fn: nn.Module
@@ -112,8 +112,8 @@ class SeparateMLP(nn.Module):
         self.act_fn = act_fn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # A loop, which vLLM does not rewrite: from the first instance of a class it decides for all of them whether
-        # gate and up become one dense matrix, and here one layer may hold factors where another is dense.
+        # The loop keeps vLLM from rewriting this line. vLLM looks at the first instance of a class and decides for all
+        # of them whether gate and up become one dense matrix. But one layer may hold factors where another is dense.
         gate, up = [project(x) for project in (self.gate_proj, self.up_proj)]
         y: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
         return y
@@ -121,15 +121,17 @@ class SeparateMLP(nn.Module):
 
 def _make_low_rank(base: nn.Module, config: Any) -> None:
     """Replace the MLP of every layer that `sparsekd_ranks` names; names are those in the causal model."""
-    left = dict(config.sparsekd_ranks)
+    remaining = dict(config.sparsekd_ranks)
     layers: Any = base.layers
     for i, layer in enumerate(layers):
         prefix = f"model.layers.{i}.mlp."
-        ranks = {name: left.pop(name) for name in list(left) if name.startswith(prefix)}
+        ranks = {name: remaining.pop(name) for name in list(remaining) if name.startswith(prefix)}
         if ranks:
             layer.mlp = _low_rank_mlp(layer.mlp, prefix, ranks, config)
-    if left:
-        raise ValueError(f"sparsekd_ranks names {next(iter(left))!r}, which is no MLP matrix of this model")
+    if remaining:
+        raise ValueError(
+            f"sparsekd_ranks names {next(iter(remaining))!r}, which is no MLP matrix of this model"
+        )
 
 
 def _low_rank_mlp(mlp: Any, prefix: str, ranks: dict[str, int], config: Any) -> nn.Module:
@@ -167,16 +169,16 @@ def tensor_parallel_plan(config: Any, stock: Mapping[str, str]) -> dict[str, str
     stock: the plan of the stock model, whose attention is kept. A matrix that widens (gate, up) is split by outputs, in
     B; the r numbers before it are everywhere. One that narrows (down) is split by inputs, in A, so that r numbers are
     summed over the GPUs, not m. The activation between them stays split where gate and up are separate and without
-    bias, and no `down_proj` picks its inputs out of all; elsewhere it is gathered, as in stock Phi-3.
+    bias, and no `down_proj` selects its inputs by index. Elsewhere it is gathered, as in stock Phi-3.
 
-    A rule holds for a name in every layer (transformers) and for names that begin with it (vLLM). So dense matrices
-    whose name is that of a low-rank one in another layer have none, and are whole on every GPU.
+    Transformers applies a rule to a name in every layer; vLLM applies it to all names that begin with it. So a dense
+    matrix whose name is that of a low-rank one in another layer has no rule, and is whole on every GPU.
     """
     ranks: dict[str, list[int]] = {}  # by the matrix's name inside a layer
     for name, rank in config.sparsekd_ranks.items():
         ranks.setdefault(name.rpartition(".")[2], []).append(rank)
     gauge, separate = config.sparsekd_storage == "gauge", "layers.*.mlp.gate_proj" in stock
-    mixed = any(len(found) < config.num_hidden_layers for found in ranks.values())
+    mixed = any(len(leaf_ranks) < config.num_hidden_layers for leaf_ranks in ranks.values())
     joint = len(ranks.get("gate_up_proj", ())) if separate else 0
     gathered = not separate or mixed or joint > 0 or config.sparsekd_bias or (gauge and "down_proj" in ranks)
     styles = (Phi3Config if gathered else Qwen3Config).base_model_tp_plan or {}
@@ -187,8 +189,8 @@ def tensor_parallel_plan(config: Any, stock: Mapping[str, str]) -> dict[str, str
         wides = ("gate_proj", "up_proj") if separate else ("gate_up_proj",)
         dense |= {leaf: wide for leaf in wides if leaf not in ranks}
     low_rank: dict[str, str] = {}
-    for leaf, found in ranks.items():
-        even = all((config.intermediate_size - rank) % TP_SIZES == 0 for rank in found)
+    for leaf, leaf_ranks in ranks.items():
+        even = all((config.intermediate_size - rank) % TP_SIZES == 0 for rank in leaf_ranks)
         first, last = ("replicate", wide) if leaf != "down_proj" else (narrow, "replicate")
         if gauge:
             low_rank |= {f"{leaf}.C": first if even else "replicate", f"{leaf}.U": last}
@@ -199,7 +201,7 @@ def tensor_parallel_plan(config: Any, stock: Mapping[str, str]) -> dict[str, str
 
 
 class LowRankConfig:
-    """What the config of a low-rank student adds to the stock config, before which it stands in a class."""
+    """The fields that a low-rank student adds to the stock config: the first base class, before the stock class."""
 
     def __init__(
         self,
@@ -220,7 +222,7 @@ class LowRankConfig:
 
 
 class LowRankModel:
-    """The base model of a low-rank student, before the stock base model in a class."""
+    """What a low-rank student adds to the stock base model: the first base class, before the stock class."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -228,7 +230,10 @@ class LowRankModel:
 
 
 class LowRankForCausalLM:
-    """The causal model of a low-rank student, before the stock one in a class; it checks itself when made or loaded."""
+    """What a low-rank student adds to the stock causal model: the first base class, before the stock class.
+
+    It checks its number of parameters when it is made and when it is loaded.
+    """
 
     config: Any
     low_rank_base: type[PreTrainedModel]
@@ -243,10 +248,10 @@ class LowRankForCausalLM:
         head = 0 if config.tie_word_embeddings else count_parameters(self.lm_head)
         self._check_parameters(count_parameters(self.model) + head)
 
-    def _check_parameters(self, found: int) -> None:
-        if found != self.config.sparsekd_parameters:
+    def _check_parameters(self, count: int) -> None:
+        if count != self.config.sparsekd_parameters:
             raise ValueError(
-                f"{type(self).__name__} has {found} parameters, but config.sparsekd_parameters is "
+                f"{type(self).__name__} has {count} parameters, but config.sparsekd_parameters is "
                 f"{self.config.sparsekd_parameters}: weights, config and code do not belong together"
             )
 
@@ -266,9 +271,8 @@ def _config_class(stock: Any) -> Any:
     class Config(LowRankConfig, stock):  # type: ignore[misc]
         model_type = f"sparsekd_{stock.model_type}"
 
-        def __init__(
-            self, **kwargs: Any
-        ) -> None:  # its own, or transformers 5 writes one from the stock fields
+        # without it transformers 5 generates an __init__ from the stock fields
+        def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
 
     return Config

@@ -9,12 +9,12 @@ from sparsekd_ray.model.mlp import layer_count, mlp_weights
 
 
 def freeze_zeros(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """From now on, the MLP weights that are zero get no gradient, so that AdamW leaves them exactly zero.
+    """Stop the gradients of the MLP weights that are zero, so that AdamW leaves them exactly zero.
 
     Without a gradient there is no momentum, and the decay of zero is zero. The hooks sit on the parameters
-    themselves and act before any optimiser, partitioned or not, sees a gradient. Call it before training, once.
-    Returns where the zeros are, module name → [m, n] (True for zero), for `changed_zeros`; nothing where the model's
-    config has no `sparsekd_mask`.
+    themselves and act before any optimiser, partitioned or not, sees a gradient. Call this function once, before
+    training. Returns where the zeros are, module name → [m, n] (True for zero), for `changed_zeros`; an empty dict if
+    the model's config has no `sparsekd_mask`.
     """
     if not getattr(model.config, "sparsekd_mask", None):
         return {}

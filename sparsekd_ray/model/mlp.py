@@ -1,8 +1,8 @@
 """The gated MLP of any family as one type, and stock models made from other MLPs or fewer layers.
 
 Phi-3 stores gate and up in one `gate_up_proj`, gate first; most families store them apart. Pruning by neurons, layers
-or masks takes `MLP`s out of a model and puts others in, and knows neither name. The result is a new model of the stock
-class. It shares no memory with the model that it was made from, which stays as it was.
+or masks takes `MLP`s out of a model and puts others in, and does not depend on these names. The result is a new model
+of the stock class. It shares no memory with the model that it was made from. That model is not changed.
 
 Shapes: D hidden size, I neurons (intermediate size); y = down_DI (act(gate_ID x) · up_ID x).
 """
@@ -121,7 +121,7 @@ def without_layers(model: PreTrainedModel, dropped: Collection[int]) -> PreTrain
 
 
 def _for_layers(config: Mapping[str, object], kept: Sequence[int]) -> dict[str, object]:
-    """The config's values that speak of single layers, for the layers kept: every list with one entry per layer."""
+    """The config's values per layer, cut to the layers that are kept: every list with one entry per layer."""
     layers = config["num_hidden_layers"]
     lists = {
         key: value
@@ -160,6 +160,6 @@ def _copied_state(model: PreTrainedModel, kept: Collection[int] | None = None) -
 
 
 def _rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor], **changes: object) -> PreTrainedModel:
-    like = copy.copy(model)  # the same module in every respect but its config
+    like = copy.copy(model)  # the same module with another config
     like.config = type(model.config).from_dict({**spec.config_dict(model), **changes})
     return loading.rebuild(like, None, state)

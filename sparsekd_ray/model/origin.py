@@ -1,7 +1,7 @@
-"""Which dense model a directory stems from, and its licence: what every student carries on to its card.
+"""The dense model of a directory and its licence, which every student's card repeats.
 
-`sparsekd_origin.json` holds both, and licence files travel beside it. A directory without one is a dense model, whose
-own card (the front matter of README.md) tells the licence.
+`sparsekd_origin.json` holds both, and licence files are copied with it. A directory without this file is a dense model.
+Its own card (the front matter of README.md) then states the licence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE, CARD = "sparsekd_origin.json", "README.md"
 LICENSE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")  # with any ending, in any case
 LICENSE_PATTERNS = tuple(f"{form}*" for name in LICENSE_NAMES for form in (name, name.lower(), name.title()))
 
-UNKNOWN = "unknown"  # the hub's word for it
+UNKNOWN = "unknown"  # the hub's own value for a licence that is not known
 # In identifiers, such as cc-by-nc-nd-4.0, and in the titles of licence files. "All rights reserved" forbids as an
 # identifier only: licences that allow everything open with it too.
 FORBIDDEN_NAME = re.compile(
@@ -44,9 +44,9 @@ class Origin:
 
 
 def read(directory: Path, hub_id: str | None = None) -> Origin:
-    """The origin of a model directory: that of its `FILE`, or else what its card and its path say.
+    """The origin of a model directory: that of its `FILE`, or else what its card and its path state.
 
-    hub_id: of the dense model, where it is known. Raises ModelError for a `FILE` that cannot be read.
+    hub_id: the dense model's, where it is known. Raises ModelError for a `FILE` that cannot be read.
     """
     if (path := directory / FILE).is_file():
         try:
@@ -56,7 +56,7 @@ def read(directory: Path, hub_id: str | None = None) -> Origin:
     card, base_model = _front_matter(directory / CARD), hub_id or _cached_id(directory)
     licenses = _strings(card.get("license")) or [UNKNOWN]
     name, link = (", ".join(_strings(card.get(key))) or None for key in ("license_name", "license_link"))
-    if len(licenses) > 1:  # the hub's word for what has no identifier
+    if len(licenses) > 1:  # "other" is the hub's value for a licence without an identifier
         return Origin(base_model, "other", name or ", ".join(licenses), link)
     return Origin(base_model, licenses[0], name, link)
 
@@ -64,16 +64,16 @@ def read(directory: Path, hub_id: str | None = None) -> Origin:
 def check_license(directory: Path, stated: Origin) -> None:
     """ModelError if the licence forbids changed copies, or copies at all. An unknown licence is no obstacle."""
     names = [text for text in (stated.license, stated.license_name) if text]
-    found = [f"its card states {name!r}" for name in names if FORBIDDEN_NAME.search(name)]
-    found += [
+    reasons = [f"its card states {name!r}" for name in names if FORBIDDEN_NAME.search(name)]
+    reasons += [
         f"{path.name} says {line!r}"
         for path in license_files(directory)
         for line in _title(path)
         if FORBIDDEN_TITLE.search(line)
     ]
-    if found:
+    if reasons:
         raise ModelError(
-            f"the licence of the dense model {stated.base_model or directory} forbids students: {found[0]}. A "
+            f"the licence of the dense model {stated.base_model or directory} forbids students: {reasons[0]}. A "
             "student is a changed copy of its dense model: choose a model whose licence allows changed copies"
         )
 
@@ -119,7 +119,7 @@ def _front_matter(path: Path) -> Mapping[str, object]:
 
 
 def _strings(value: object) -> list[str]:
-    """A metadata value as strings; a single one, a list or nothing."""
+    """The strings of a metadata value, which may be a single value, a list or nothing."""
     parts = value if isinstance(value, list) else [value]
     return [str(part) for part in parts if part]
 

@@ -1,7 +1,7 @@
-"""Proofs on load that a model is what pruning and distillation take it for.
+"""Checks, when a model is loaded, of what pruning and distillation assume about it.
 
 `structure` needs names and shapes alone, so a meta model will do; `numbers` runs the model once on a few tokens. Each
-failure raises a ModelError that names the probe and what it found.
+failure raises a ModelError that names the probe and the difference.
 """
 
 from __future__ import annotations
@@ -123,21 +123,21 @@ def _formula(mlp: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def _equal(kind: str, probe: str, found: Tensor, expected: Tensor) -> None:
-    """The same modules on the same numbers differ by rounding alone; NaN is left to those who read weights."""
-    found, expected = found.float(), expected.float().to(found.device)
-    if found.shape == expected.shape:
+def _equal(kind: str, probe: str, actual: Tensor, expected: Tensor) -> None:
+    """ModelError if the two differ by more than rounding. NaN counts as equal, since `require_finite` reports it."""
+    actual, expected = actual.float(), expected.float().to(actual.device)
+    if actual.shape == expected.shape:
         difference = float(
-            (found - expected).abs().nan_to_num().max() / expected.abs().nan_to_num().max().clamp(min=1e-30)
+            (actual - expected).abs().nan_to_num().max() / expected.abs().nan_to_num().max().clamp(min=1e-30)
         )
         if difference <= 1e-2:
             return
         raise ModelError(_refusal(probe, kind, f"they differ by {difference:.1%} of the largest value"))
-    raise ModelError(_refusal(probe, kind, f"shapes {tuple(found.shape)} and {tuple(expected.shape)}"))
+    raise ModelError(_refusal(probe, kind, f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}"))
 
 
-def _refusal(probe: str, kind: str, what: str) -> str:
-    return f"model not supported: {kind} fails the probe “{probe}”: {what}"
+def _refusal(probe: str, kind: str, difference: str) -> str:
+    return f"model not supported: {kind} fails the probe “{probe}”: {difference}"
 
 
 @contextmanager

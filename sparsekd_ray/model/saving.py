@@ -1,6 +1,6 @@
-"""Saving a model directory that proves itself: it is read back and compared before anybody relies on it.
+"""Saving a model directory: it is read back and compared with the model before anybody relies on it.
 
-A directory carries what readers of other versions look for: the tokenizer in the form that all of them resolve alike
+A directory suits readers of other versions: it has the tokenizer in the form that all of them resolve alike
 (`tokenizer.py`), the rotary settings under the names of transformers 4 as well as 5, and the dense model's name and
 licence (`origin.py`).
 """
@@ -18,11 +18,11 @@ from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import loading, low_rank, origin, spec, tokenizer
 
 
-def logits_difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
+def logits_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
     """Largest difference of logits on eight fixed tokens, relative to the largest logit if above 1."""
-    ids_1L = torch.linspace(0, one.config.vocab_size - 1, 8).long()[None]
+    ids_1L = torch.linspace(0, model.config.vocab_size - 1, 8).long()[None]
     with torch.no_grad():
-        first, second = (m.eval()(ids_1L.to(m.device)).logits.double().cpu() for m in (one, other))
+        first, second = (m.eval()(ids_1L.to(m.device)).logits.double().cpu() for m in (model, other))
     return float((first - second).abs().max() / first.abs().max().clamp(min=1))
 
 
@@ -51,18 +51,18 @@ def save(model: PreTrainedModel, source: Path, out: Path, card: str) -> None:
 
 
 def _prove(model: PreTrainedModel, out: Path) -> None:
-    """ModelError unless the directory gives back the model."""
+    """ModelError unless the directory loads as the same model."""
     reloaded = loading.load(out, dtype=model.dtype)
-    expected, read = model.state_dict(), reloaded.state_dict()
-    changed = [name for name in expected if not torch.equal(expected[name].cpu(), read[name])]
+    expected, state = model.state_dict(), reloaded.state_dict()
+    changed = [name for name in expected if not torch.equal(expected[name].cpu(), state[name])]
     allowed = 1e-6 if model.device.type == "cpu" else 0.05  # a GPU sums in another order
     if changed or (difference := logits_difference(model, reloaded)) > allowed:
-        what = f"changed {', '.join(changed)}" if changed else f"logits differ by {difference:.1e}"
-        raise ModelError(f"{out} did not reload as it was saved: {what}")
+        fault = f"changed {', '.join(changed)}" if changed else f"logits differ by {difference:.1e}"
+        raise ModelError(f"{out} did not reload as it was saved: {fault}")
 
 
 def _write_older_names(path: Path) -> None:
-    """Add to a config.json what tools of transformers 4's time read."""
+    """Add to a config.json the names that transformers 4 and the tools of its time read."""
     values = json.loads(path.read_text(encoding="utf-8"))
     values |= older_rope(values)
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -71,8 +71,8 @@ def _write_older_names(path: Path) -> None:
 def older_rope(values: Mapping[str, object]) -> dict[str, object]:
     """The rotary settings of a config under the names of transformers 4; empty for a config without any.
 
-    Transformers 5 keeps them in `rope_parameters` alone; 4 does not read this and falls back to its defaults without
-    a warning. A reader of version 5 takes either form.
+    Transformers 5 keeps them in `rope_parameters` alone. Transformers 4 does not read this field and falls back to its
+    defaults without a warning. A reader of version 5 takes either form.
     """
     parameters = values.get("rope_parameters")
     if not isinstance(parameters, Mapping) or "rope_theta" not in parameters:

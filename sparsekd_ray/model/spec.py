@@ -1,8 +1,8 @@
-"""What a config says of a model before any weight is read: whether it is supported, its MLP matrices, its size.
+"""What a config states about a model, before any weight is read: whether it is supported, its MLP matrices, its size.
 
 MLP matrices are written [m, n] = [outputs, inputs] and named as in the model, `model.layers.0.mlp.down_proj`. A
-low-rank student may hold gate and up of a layer as one matrix where its family keeps them apart: that is its
-`gate_up_proj`, gate first. "Config" below means a parsed config.json, a directory that holds one, a transformers
+low-rank student may store gate and up of a layer as one matrix where its family stores two: its `gate_up_proj`, gate
+first. "Config" below means a parsed config.json, a directory that holds one, a transformers
 config, or a model.
 
 Shapes of MLP matrices are arithmetic for the families in `families.FAMILIES`, so that a plan imports neither torch nor
@@ -33,19 +33,19 @@ NOT_INHERITED = (  # fields of a config that a model rebuilt from it does not ta
     "model_type", "architectures", "auto_map", "transformers_version", RANKS, STORAGE, BIAS, PARAMETERS,
 )  # fmt: skip
 
-CALL_OPTIONS = {  # how a model was once called or found, not what it is: saved by debugging runs and old exports
+CALL_OPTIONS = {  # options of a past call, not of the model: debugging runs and old exports save them
     "output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript", "pruned_heads",
     "transformers_weights",
 }  # fmt: skip
 
-OTHER_MODELS = {  # fields of a config that name what this package does not cut
+OTHER_MODELS = {  # fields of a config that name kinds of models which this package does not prune
     "quantization_config": "quantised weights", "per_layer_config": "layers of different sizes",
     "vision_config": "a vision model", "audio_config": "an audio model", "is_encoder_decoder": "an encoder",
 }  # fmt: skip
 
 
 class Storage(NamedTuple):
-    """How a student holds its low-rank matrices."""
+    """How a student stores its low-rank matrices."""
 
     gauge: bool  # gauge-fixed in place of two factors
     bias: bool  # with output biases
@@ -72,8 +72,8 @@ def _read_config(path: Path) -> dict[str, object]:
 def check_supported(config: Config) -> str:
     """The model type of the stock family, whether the model is stock or low-rank.
 
-    Raises ModelError that names what stands in the way. A model type without an entry in `families.FAMILIES` is built
-    on the meta device and examined, which imports torch.
+    Raises ModelError that names every field that is not supported. A model type without an entry in
+    `families.FAMILIES` is built on the meta device and examined, which imports torch.
     """
     values = config_dict(config)
     model_type = str(values.get("model_type")).removeprefix(LOW_RANK_PREFIX)
@@ -119,7 +119,7 @@ def mlp_ranks(config: Config) -> dict[str, int]:
 
 
 def mlp_storage(config: Config) -> Storage:
-    """How the low-rank matrices are held; both False for a stock model."""
+    """How the low-rank matrices are stored; both False for a stock model."""
     values = config_dict(config)
     return Storage(values.get(STORAGE) == "gauge", bool(values.get(BIAS)))
 
@@ -134,8 +134,10 @@ def shapes_from_config(config: Config) -> dict[str, tuple[int, int]]:
     hidden, inner, layers = sizes(values, "hidden_size", "intermediate_size", "num_hidden_layers")
     separate = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
     gate_up = {"gate_up_proj": (2 * inner, hidden)} if family.fused else separate
-    of_layer = gate_up | {"down_proj": (hidden, inner)}
-    stock = {f"model.layers.{i}.mlp.{name}": shape for i in range(layers) for name, shape in of_layer.items()}
+    layer_shapes = gate_up | {"down_proj": (hidden, inner)}
+    stock = {
+        f"model.layers.{i}.mlp.{name}": shape for i in range(layers) for name, shape in layer_shapes.items()
+    }
     return _joined(stock, ranks)
 
 
@@ -153,7 +155,7 @@ def _joined(stock: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> d
 
 
 def mlp_parameters(config: Config) -> int:
-    """Number of MLP parameters of this model, low-rank matrices in the form they are held in."""
+    """Number of MLP parameters of this model, low-rank matrices in the form in which they are stored."""
     values = config_dict(config)
     ranks, storage = mlp_ranks(values), mlp_storage(values)
     shapes = shapes_from_config(values)
@@ -172,10 +174,10 @@ def total_parameters(config: Config) -> int:
 def sizes(config: Config, *keys: str) -> list[int]:
     """Whole numbers of the config, such as `hidden_size`. Raises ModelError that names those it lacks."""
     values = config_dict(config)
-    found = {key: value for key in keys if isinstance(value := values.get(key), int)}
-    if missing := [key for key in keys if key not in found]:
+    numbers = {key: value for key in keys if isinstance(value := values.get(key), int)}
+    if missing := [key for key in keys if key not in numbers]:
         raise ModelError(f"the model config gives no whole number for {', '.join(missing)}")
-    return [found[key] for key in keys]
+    return [numbers[key] for key in keys]
 
 
 def layer_count(config: Config) -> int:

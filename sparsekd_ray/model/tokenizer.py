@@ -18,7 +18,7 @@ from sparsekd_ray.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FILES = (  # that a tokenizer may be read from
+FILES = (  # any of them may hold a tokenizer
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
@@ -64,7 +64,7 @@ def save(source: Path, out: Path) -> None:
 
     original = load(source)
     rules = Tokenizer.from_str(original.backend_tokenizer.to_str())
-    rules.no_truncation()  # a setting of whoever saved the file last, which readers obey or not
+    rules.no_truncation()  # left by the program that saved the file; some readers obey it, others do not
     rules.no_padding()
     out.mkdir(parents=True, exist_ok=True)
     rules.save(str(out / "tokenizer.json"))
@@ -102,18 +102,18 @@ def _roles(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 def check_same(original: PreTrainedTokenizerFast, directory: Path) -> None:
     """ModelError if AutoTokenizer or the bare tokenizers library reads `directory` otherwise than `original`.
 
-    Compared are the ids of `PROBES` and of every control token inside a text, with and without the tokens that the
-    tokenizer adds, their decoding and the chat template.
+    The check compares the ids of `PROBES` and of every control token inside a text, with and without the tokens that
+    the tokenizer adds. It also compares their decoding and the chat template.
     """
     from tokenizers import Tokenizer
 
-    again, bare = load(directory), Tokenizer.from_file(str(directory / "tokenizer.json"))
+    reloaded, bare = load(directory), Tokenizer.from_file(str(directory / "tokenizer.json"))
     texts = (*PROBES, *(f"a{token} b\n{token}" for token in original.get_added_vocab()))
     for text in texts:
         for added in (False, True):
             expected = original(text, add_special_tokens=added)["input_ids"]
             readings = {
-                "AutoTokenizer": again(text, add_special_tokens=added)["input_ids"],
+                "AutoTokenizer": reloaded(text, add_special_tokens=added)["input_ids"],
                 "tokenizers": bare.encode(text, add_special_tokens=added).ids,
             }
             for reader, ids in readings.items():
@@ -121,7 +121,7 @@ def check_same(original: PreTrainedTokenizerFast, directory: Path) -> None:
                     raise ModelError(
                         f"{directory}: {reader} reads {text!r} as {ids}, but the dense model's tokenizer as {expected}"
                     )
-        if again.decode(expected) != original.decode(expected):
+        if reloaded.decode(expected) != original.decode(expected):
             raise ModelError(f"{directory}: its tokenizer does not decode {text!r} as the dense model's does")
-    if again.chat_template != original.chat_template:
+    if reloaded.chat_template != original.chat_template:
         raise ModelError(f"{directory}: its chat template is not the dense model's")

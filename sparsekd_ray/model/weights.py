@@ -1,4 +1,4 @@
-"""The weight files of a model directory: which they are, which tensor lies in which file, and reading some of them.
+"""The weight files of a model directory: their names, the tensors in each of them, and reading some tensors.
 
 The files are those that transformers loads: `model.safetensors`, or else the files that `model.safetensors.index.json`
 names, whatever they are called. Other safetensors in the directory are no part of the model. torch is imported only
@@ -88,7 +88,9 @@ def _keys(file: Path) -> list[str]:
         with safe_open(file, "np") as tensors:
             return list(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is cut short or not safetensors ({error}): make it again") from error
+        raise ModelError(
+            f"{file} is cut short or not safetensors ({error}): download or save it again"
+        ) from error
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -106,9 +108,9 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with `prefix`, by their names; nothing else is read."""
     from safetensors import safe_open
 
-    found = {}
+    chosen = {}
     for name, (file, key) in tensor_places(folder).items():
         if name.startswith(prefix):
             with safe_open(file, "pt") as tensors:
-                found[name] = tensors.get_tensor(key)
-    return found
+                chosen[name] = tensors.get_tensor(key)
+    return chosen
