@@ -1,7 +1,7 @@
-"""How much each matrix keeps under an exact parameter budget. Pure: names, spectra and counts in, ranks out.
+"""The rank of each matrix under an exact parameter budget. Pure: names, spectra and counts in, ranks out.
 
-A matrix's options, in rising cost, are the multiples of `align` that save something (`cost.py`), then what it is
-now: dense, or the rank it has. Truncation to rank r loses the energy Σ_{i>r} σ² of the matrix's spectrum. Rules:
+A matrix's options, in rising cost, are the multiples of `align` that save something (`cost.py`), then its present
+form: dense, or the rank it has. Truncation to rank r loses the energy Σ_{i>r} σ² of the matrix's spectrum. Rules:
 
 - uniform: every matrix keeps the same share of its parameters.
 - energy: one number ε = 1 − τ is the share of its energy that any matrix may lose; every matrix keeps the
@@ -98,8 +98,10 @@ def losses(
 ) -> dict[str, float]:
     """weight × Σ_{i>r} σ² of every matrix: what truncation to these ranks is predicted to lose; dense loses 0."""
     tails = {name: _tail(spectra[name]) for name in shapes}
-    kept = {name: len(spectra[name]) if ranks[name] is None else int(ranks[name] or 0) for name in shapes}
-    return {name: float(_weight(weights, name) * tails[name][kept[name]]) for name in shapes}
+    ranks_kept = {
+        name: len(spectra[name]) if ranks[name] is None else int(ranks[name] or 0) for name in shapes
+    }
+    return {name: float(_weight(weights, name) * tails[name][ranks_kept[name]]) for name in shapes}
 
 
 def _tail(sigma_k: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def calibrate(
     done = set(store.published(out))
     todo = [index for index in layers if layer_name(index) not in done]
     if done & set(names):
-        logger.info(f"{len(layers) - len(todo)} of {len(layers)} layers are there already")
+        logger.info(f"{len(layers) - len(todo)} of {len(layers)} layers are measured already")
     parts = partition(todo, groups, gram_bytes(manifest))
     if STACK not in done:
         parts = [[], *parts]
@@ -99,12 +99,12 @@ def measure(
     store: Store, model: Ref, texts: Ref, out: Ref, settings: Calibrate, gpu: bool, layers: Sequence[int]
 ) -> None:
     """One task: measures and publishes these layers, or the stack if it names none."""
-    done = set(store.published(out))  # by an attempt at this task that was killed
+    done = set(store.published(out))  # an earlier attempt at this task may have been killed
     todo = [index for index in layers if layer_name(index) not in done]
     if not todo and (layers or STACK in done):
         return
     if not gpu:
-        torch.set_num_threads(1)  # first attempt or last task left: the last bits of a sum depend on it
+        torch.set_num_threads(1)  # always one, because the last bits of a sum depend on the number of threads
     ids_BL = tokens(sample(store, texts, settings))
     # the first task of a machine downloads the weights, the others find them
     directory = store.fetch(model)
@@ -138,20 +138,20 @@ def sample(store: Store, texts: Ref, settings: Calibrate) -> pa.Table:
     if table.num_rows < settings.samples:
         raise CorpusError(
             f"calibrate.samples is {settings.samples}, the corpus has {table.num_rows} training sequences: "
-            "lower the one, or raise corpus.samples"
+            "lower calibrate.samples, or raise corpus.samples"
         )
-    rows = table.take(drawn(table.num_rows, settings)).combine_chunks()
+    rows = table.take(sample_indices(table.num_rows, settings)).combine_chunks()
     lengths_B = np.diff(rows["input_ids"].combine_chunks().offsets.to_numpy())
     if (odd := np.flatnonzero(lengths_B != lengths_B[0])).size:
         raise CorpusError(
             f"sample {rows['sample_id'][int(odd[0])]} has {lengths_B[odd[0]]} tokens, the first one {lengths_B[0]}: "
-            "statistics are of sequences of one length; build the corpus again"
+            "statistics need sequences of one length; build the corpus again"
         )
     return rows
 
 
-def drawn(rows: int, settings: Calibrate) -> np.ndarray:
-    """The indices of the calibration rows among so many training rows, rising."""
+def sample_indices(rows: int, settings: Calibrate) -> np.ndarray:
+    """The indices of the calibration rows among `rows` training rows, rising."""
     generator = np.random.default_rng(settings.seed)
     return np.sort(generator.choice(rows, settings.samples, replace=False))
 
@@ -180,8 +180,8 @@ def check(manifest: Manifest, model_fingerprint: str) -> None:
     """ModelError unless the statistics are of the model with this fingerprint."""
     if manifest["model"] != model_fingerprint:
         raise ModelError(
-            f"the statistics are of the model {manifest['model']}, not of {model_fingerprint}: weights have to be cut "
-            "by what they were seen to do; calibrate this model"
+            f"the statistics are of the model {manifest['model']}, not of {model_fingerprint}: a model is pruned "
+            "by its own statistics; calibrate this model"
         )
 
 
@@ -207,7 +207,7 @@ def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bo
 
 
 def _check_tokens(manifest: Manifest) -> None:
-    """ConfigError for fewer tokens than inputs: the Gram matrix is singular then for want of text."""
+    """ConfigError for fewer tokens than inputs, because the Gram matrix is then singular for lack of text."""
     inputs, tokens_read = max(manifest["hidden"], manifest["inner"]), manifest["tokens"]
     length = tokens_read // manifest["sequences"]
     counts = (
@@ -216,10 +216,12 @@ def _check_tokens(manifest: Manifest) -> None:
     )
     advice = f"set calibrate.samples to {math.ceil(TOKENS_PER_INPUT * inputs / length)} or more"
     if tokens_read < inputs:
-        raise ConfigError(f"{counts}: at least as many are needed, better {TOKENS_PER_INPUT} times; {advice}")
+        raise ConfigError(
+            f"{counts}: at least as many tokens as inputs are needed, better {TOKENS_PER_INPUT} times as many; {advice}"
+        )
     if tokens_read < TOKENS_PER_INPUT * inputs:
         logger.warning(
-            f"{counts}, fewer than {TOKENS_PER_INPUT} for each: the statistics are noisy; {advice}"
+            f"{counts}, fewer than {TOKENS_PER_INPUT} tokens per input: the statistics are noisy; {advice}"
         )
 
 

@@ -1,11 +1,13 @@
 """One option for each of many matrices, under one exact budget: a multi-choice knapsack. Pure, in numpy.
 
-Greedy removal is no answer, because a matrix's last option (dense, or the rank it has) can be a jump: losing the
-first direction means losing all above the break-even rank. Two exact searches, both dynamic programming over the
-parameter counts that partial choices reach (matrices have few distinct shapes, so counts coincide and stay few):
+Greedy removal does not solve it, because a matrix's last option (dense, or the rank it has) can be a jump: losing the
+first direction means losing all above the break-even rank. There are two exact searches. Both are dynamic programming
+over the parameter counts that partial choices reach (matrices have few distinct shapes, so counts coincide and stay
+few).
 
-`repair`: the few changes nearest to a given choice that bring its count within tolerance of the target, or as near
-as whole steps allow. `least_loss`: of all choices whose count lies in a window, one with the least sum of losses.
+`repair` makes the smallest change to a given choice that brings its count within tolerance of the target, or as near
+as whole steps allow. `least_loss` finds, among all choices whose count lies in a window, one with the least sum of
+losses.
 
 The second search needs a bound to stay small, and Lagrange gives it. Let λ be the price of a parameter at which the
 choices of least loss + λ cost just fit (the slope at which the lower convex hulls of all matrices together meet the
@@ -13,8 +15,8 @@ budget). No choice within the budget H then loses less than Σ min(loss + λ cos
 loses beyond this bound, its excess, is Σ δ + λ (H − c), δ ≥ 0 being what each of its options lies above its matrix's
 minimum. So all choices with an excess up to any cap are found by keeping only options and partial sums below it; the
 cap is doubled until one is found, and the best found is then the best of all. (Dyer 1984; Pisinger 1995 for the core.)
-Should more partial sums be needed than `STATES`, those with the smallest excess are kept, and the answer comes with a
-proven limit of how much loss it may give away; no shape that a supported model has comes near this.
+If more than `STATES` partial sums are needed, only those with the smallest excess are kept. The answer then comes with
+a proven limit of the loss above the least one. No shape that a supported model has comes near this.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ PRODUCTS = 1 << 24  # partial sums times options looked at, per matrix
 
 @dataclass(frozen=True)
 class Options:
-    """What one matrix may become, cheapest first, ending with what it is now."""
+    """The options of one matrix, cheapest first. The last one is its present form."""
 
     ranks: tuple[int | None, ...]  # None: dense
     costs: np.ndarray  # [options] parameters, rising, int64
@@ -47,7 +49,7 @@ def loss(table: list[Options], chosen: list[int]) -> float:
 def repair(table: list[Options], start: list[int], target: int, tolerance: float) -> list[int]:
     """The least disturbance of `start` whose count is within tolerance of the target, or else nearest to it.
 
-    Looks one step up and down first, then further; of equals, the smallest sum of changed losses.
+    The search looks one step up and down first, then further. Among equals it takes the smallest sum of changed losses.
     """
     reach, chosen = 1, start
     while abs(count(table, chosen) - target) > tolerance:
@@ -86,7 +88,7 @@ def _nearest(
 def least_loss(table: list[Options], target: int, tolerance: float) -> tuple[list[int], float]:
     """Options of the least total loss with a count within tolerance of the target, or else at the nearest count.
 
-    Second, a limit of what they may lose beyond the least: 0 where it is proven that no choice loses less.
+    The second value limits what they may lose beyond the least: 0 where it is proven that no choice loses less.
     """
     start = repair(table, _relaxed(table, target)[1], target, tolerance)
     reach = max(int(tolerance), abs(count(table, start) - target))
@@ -100,25 +102,24 @@ def _search(table: list[Options], window: tuple[int, int], incumbent: list[int])
     excess = [line - line.min() for line in lines]
     paid = price * window[1]
     bound = float(sum(line.min() for line in lines)) - paid
-    worst = max(loss(table, incumbent) - bound, 0.0) + 1e-12 * (
-        abs(bound) + paid
-    )  # 1e-12: rounding of the sums
+    rounding = 1e-12 * (abs(bound) + paid)  # of the sums
+    worst = max(loss(table, incumbent) - bound, 0.0) + rounding
     unit = int(np.gcd.reduce(np.concatenate([o.costs for o in table])))
     proven, cap = 0.0, min(worst, max(price * unit, worst * 1e-9))
     while True:
-        found, complete = _within_cap(table, excess, price, window, cap)
-        if found is not None and complete:
-            return found, 0.0
-        if found is not None or cap >= worst:
-            best = min([incumbent, found or incumbent], key=lambda chosen: loss(table, chosen))
+        chosen, complete = _within_cap(table, excess, price, window, cap)
+        if chosen is not None and complete:
+            return chosen, 0.0
+        if chosen is not None or cap >= worst:
+            best = min([incumbent, chosen or incumbent], key=lambda choice: loss(table, choice))
             return best, max(loss(table, best) - bound - proven, 0.0)
         proven, cap = cap if complete else proven, min(2 * cap, worst)
 
 
 def _relaxed(table: list[Options], high: int) -> tuple[float, list[int]]:
-    """λ, and the choice below the budget that goes with it: hull steps are taken steepest first while they fit.
+    """λ, and the choice below the budget that belongs to it: hull steps are taken steepest first while they fit.
 
-    λ is the loss per parameter of the first step that does not, 0 if all do.
+    λ is the loss per parameter of the first step that does not fit, 0 if all fit.
     """
     hulls = [_lower_hull(o.costs, o.losses) for o in table]
     step = np.concatenate([np.diff(o.costs[hull]) for o, hull in zip(table, hulls, strict=True)])
@@ -147,7 +148,7 @@ def _lower_hull(costs: np.ndarray, losses: np.ndarray) -> list[int]:
 def _within_cap(
     table: list[Options], excess: list[np.ndarray], price: float, window: tuple[int, int], cap: float
 ) -> tuple[list[int] | None, bool]:
-    """The choice in the window of least excess, if any is up to the cap, and whether none was left out."""
+    """The choice of least excess in the window, None if all exceed the cap; and whether the search was complete."""
     low, high = window
     kept = [np.flatnonzero(e <= cap) for e in excess]
     costs = [o.costs[k] for o, k in zip(table, kept, strict=True)]
@@ -178,7 +179,7 @@ def _rest(costs: list[np.ndarray]) -> np.ndarray:
 
 
 def _best_of_each_sum(sums: np.ndarray, values: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Indices of the allowed entries, of equal sums only the smallest value, in the order of the sums."""
+    """Indices of the allowed entries in the order of their sums; among equal sums only the smallest value."""
     order = np.flatnonzero(allowed)
     order = order[np.lexsort((values[order], sums[order]))]
     return order[np.append(True, np.diff(sums[order]) > 0)] if len(order) else order

@@ -144,7 +144,7 @@ def sparsity_at(task: Task, tau: float, task_map: TaskMap, metric: Metric) -> fl
 
 
 def spectrum(task: Task, name: str, metric: Metric) -> np.ndarray:
-    """A subtask: the singular values of a matrix in its metric, as many as it may keep at most. They are published."""
+    """A subtask: publishes and returns the singular values of a matrix in its metric, no more than it may keep."""
     if (published := task.published(f"{name}.spectrum", {})) is not None:
         return published["sigma"].numpy()
     W_mn, gram_nn, weight_m, _ = metric.problem(task, name)
@@ -169,7 +169,7 @@ def factors(task: Task, name: str, rank: int, metric: Metric) -> None:
         tensors = {"U.weight": U_mr, "C.weight": C_rs, "order": order_n}
     stored = _stored(task, name)
     if mean_n is not None:
-        bias_m = stored[0].get("bias", torch.zeros(len(W_mn)))  # of an earlier round
+        bias_m = stored[0].get("bias", torch.zeros(len(W_mn)))  # an earlier round may have left one
         tensors["bias"] = svd.mean_bias(W_mn, B_mr, A_rn, mean_n) + bias_m.to(W_mn.device)
     dtype = next(t.dtype for t in stored[0].values() if t.is_floating_point())
     typed = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
@@ -196,7 +196,7 @@ def whitened(task: Task, name: str) -> Problem:
     return Problem(W_mn, gram_nn, weight_m, None)
 
 
-PLAIN = Metric(plain, joins=False)  # the paper's SVD is of single matrices
+PLAIN = Metric(plain, joins=False)  # the paper decomposes single matrices
 WHITENED = Metric(whitened, joins=True)
 
 
@@ -217,7 +217,7 @@ def matrix(task: Task, name: str) -> torch.Tensor:
 
 
 def _stored(task: Task, name: str) -> list[Tensors]:
-    """The stored tensors of a matrix; of gate and of up where the model does not know the joint name."""
+    """The stored tensors of a matrix: those of gate and of up where the model does not have the joint name."""
     folder, leaf = task.folder(), _layer_and_leaf(name)[1]
     stored = [tensors_below(folder, name)]
     if leaf == "gate_up_proj" and not stored[0]:
@@ -269,7 +269,7 @@ def _ordered(shapes: Shapes) -> Shapes:
 
 
 def _replace(state: Tensors, name: str, tensors: Tensors) -> None:
-    """Puts a matrix's new tensors in the place of the old ones: of gate and up where it is both."""
+    """Replaces a matrix's old tensors by its new ones. A joint matrix replaces gate and up."""
     parent, _, leaf = name.rpartition(".")
     leaves = ("gate_up_proj", "gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
     for key in [key for key in state if key.startswith(tuple(f"{parent}.{part}." for part in leaves))]:

@@ -1,12 +1,12 @@
 """Zeros in place of single weights: Wanda and magnitude pruning (`model/masks.py` keeps them through training).
 
 These are controls. They show what is lost when shapes stay as they are: nothing gets smaller or faster, since a
-dense matrix product costs the same with zeros in it. The zeros go into the model that is given, which is not copied:
-a model that fills most of a GPU still fits. The result is a stock model whose config says `sparsekd_mask`.
+dense matrix product costs the same with zeros in it. The zeros go into the given model. It is not copied, so a
+model that fills most of a GPU still fits. The result is a stock model whose config says `sparsekd_mask`.
 
 Wanda (Sun et al. 2023) scores a weight by |W_ij| · ‖X_j‖₂, with X_j the j-th input over all calibration tokens, and
-drops the lowest of each output row. It goes through the layers in order, and what it measures at each has passed
-through the layers already pruned. Magnitude pruning drops the smallest |W_ij| of each matrix.
+drops the lowest of each output row. It goes through the layers in order, and the inputs that it measures at a layer
+have passed through the layers that are pruned already. Magnitude pruning drops the smallest |W_ij| of each matrix.
 
 Shapes: W_mn a matrix as the model stores it (m outputs, n inputs), B sequences, L tokens, D hidden size.
 """
@@ -119,17 +119,17 @@ def _adder(
 
 
 def _layer_arguments(model: PreTrainedModel, ids_bL: torch.Tensor) -> list[dict[str, Any]]:
-    """What the model passes to each of its layers beside the hidden states, for sequences of this shape.
+    """The arguments that the model passes to each of its layers beside the hidden states, for sequences of this shape.
 
-    Masks and rotary tables depend on the layer's type and on the shape alone. The model itself knows them best.
+    Masks and rotary tables depend on the layer's type and on the shape alone, so one forward pass gives them.
     """
     passed: list[dict[str, Any]] = []
 
-    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> None:
+    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> None:
         passed.append(arguments)
 
     layers = [model.get_submodule(f"model.layers.{index}") for index in range(layer_count(model))]
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     model.base_model(input_ids=ids_bL, use_cache=False)
     for hook in hooks:
         hook.remove()

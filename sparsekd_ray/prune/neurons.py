@@ -1,11 +1,11 @@
-"""Fewer neurons in an MLP: which to keep, and how the down projection makes up for the others.
+"""Fewer neurons in an MLP: the choice of those to keep, and a down projection that makes up for the others.
 
 With h the input of down (act(gate x) · up x) and C = Σ h hᵀ over calibration tokens, a neuron whose activation is
 nearly a combination of the others' is not missed: its ridge leverage score s_i = [C (C + λI)^{-1}]_ii is small.
 The outputs of the neurons K that stay are then fitted to the outputs of all (MoDeGPT, Lin et al. 2024, type I):
 the least squares problem min_W' Σ ‖W h − W' h_K‖² has the solution W' = W C[:,K] C_KK^{-1}. With the ridge,
     W' = W_K + W_R C_RK (C_KK + Λ_K)^{-1},     R: the neurons that go,
-that is, W' is drawn towards the plain slice W_K and not towards zero. Where the calibration text says nothing (a
+which draws W' towards the plain slice W_K and not towards zero. Where the calibration text says nothing (a
 neuron that never fired, too few tokens) the weights stay what they were, and keeping all neurons changes nothing.
 
 Leverage judges each neuron with all others present, and so drops twins together. Backward elimination does not: it
@@ -91,7 +91,7 @@ def eliminate(down_DI: torch.Tensor, gram_II: torch.Tensor, width: int, ridge: f
     """Indices of the `width` neurons left by backward elimination, rising; among equal ones the later are left.
 
     Exact one by one up to 511 neurons; beyond, I // 256 go in a round, chosen one by one among the cheapest. In
-    float64, O(I² (I − width)) operations. Raises as `leverage`.
+    float64, O(I² (I − width)) operations. Raises the errors of `leverage`.
     """
     require_finite("down_DI", down_DI)
     if not 0 < width <= len(gram_II):

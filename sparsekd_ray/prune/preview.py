@@ -1,4 +1,4 @@
-"""What a pruning would do, matrix by matrix, before it is done: the table of `sparsekd prune preview`."""
+"""The plan of a pruning, matrix by matrix, before it runs: the table of `sparsekd prune preview`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 def table(task: Task, task_map: TaskMap) -> list[Row]:
-    """A row for each matrix or layer. Raises what the pruning itself would."""
+    """A row for each matrix or layer. Raises the errors that the pruning itself would raise."""
     check_form(task)
     return METHODS[task.settings.method].preview(task, task_map)
 

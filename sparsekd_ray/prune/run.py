@@ -1,8 +1,8 @@
 """The prune stage: a model directory in, a smaller one out, by the method that the settings name.
 
 Sparsity is always the share of the original dense model's MLP parameters that is gone, so a later round of a cascade
-states the same quantity as the first. Parameters are counted in the files on disk. Of a masked model, zeros do not
-count.
+states the same quantity as the first. Parameters are counted in the files on disk. Zeros of a masked model do
+not count.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def prune(task: Task, task_map: TaskMap) -> dict[str, object]:
 def counts(out: Path, task: Task) -> dict[str, object]:
     """Parameters of a finished directory beside what was asked for."""
     sizes = {name: math.prod(shape) for name, shape in weights.tensor_shapes(out).items()}
-    order = sum(
-        size for name, size in sizes.items() if name.endswith(".order")
-    )  # permutations: no parameters
+    # permutations are no parameters
+    order = sum(size for name, size in sizes.items() if name.endswith(".order"))
     mlp_params = sum(size for name, size in sizes.items() if ".mlp." in name) - order - _zeros(out)
     return {
         "method": task.settings.method,
@@ -51,7 +50,7 @@ def counts(out: Path, task: Task) -> dict[str, object]:
 
 
 def _zeros(out: Path) -> int:
-    """Masked entries of the MLP; none in a model without a mask."""
+    """Number of masked MLP entries; 0 for a model without a mask."""
     if not spec.config_dict(out).get("sparsekd_mask"):
         return 0
     names = [name for name in weights.tensor_places(out) if ".mlp." in name]
@@ -59,10 +58,10 @@ def _zeros(out: Path) -> int:
 
 
 def check_form(task: Task) -> None:
-    """ModelError where the model's form is one that the method would lose or does not cut.
+    """ModelError if the method does not cut models of this form, or would lose a part of it.
 
-    Only low-rank methods cut low-rank matrices, a mask goes on only by the method that made it, and biases are kept
-    only by what adds some.
+    Only low-rank methods cut low-rank matrices. Only the method that made a mask can extend it. Only a method that adds
+    biases keeps them.
     """
     values, method = spec.config_dict(task.folder()), METHODS[task.settings.method]
     spec.check_supported(values)

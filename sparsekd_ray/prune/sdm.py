@@ -2,13 +2,14 @@
 
 For one calibration sample, with g the gradient of its loss, neuron i contributes to hidden dimension j
     | W_d[j,i] g_d[j,i] + W_u[i,j] g_u[i,j] + W_g[i,j] g_g[i,j] |,
-the first-order change of the loss if these three weights went (their signed sum: what they do together). The
-importance of neuron i is the mean over j of the sum over samples. Attention is untouched, all layers keep as many.
+the first-order change of the loss if these three weights were removed (the sum is signed: their joint effect). The
+importance of neuron i is the mean over j of the sum over samples. Attention is untouched, and all
+layers keep the same number of neurons.
 
-The loss is to be the KL to the unpruned model, which knows more than one-hot labels. But at temperature 1 a model is at
-zero distance from itself, and there the gradient is zero too. Hence two phases: a small cut by cross-entropy alone,
-then the slightly cut model is scored with (1 − α) · CE + α · KL and cut to size. The teacher comes from the cache, at
-its own temperature (the paper: below 1, where the distance is not quite zero); the student's is 1.
+The loss should contain the KL to the unpruned model, which knows more than one-hot labels. But at temperature 1 the KL
+of a model to itself is zero, and so is its gradient. The method therefore has two phases. A small cut is made by
+cross-entropy alone. The slightly cut model is then scored with (1 − α) · CE + α · KL and cut to size. The teacher comes
+from the cache, at its own temperature (the paper: below 1, where the distance is not quite zero). The student's is 1.
 
 Shapes: L tokens of a sample, D hidden size, I neurons, K neurons kept.
 """
@@ -45,12 +46,12 @@ def select(
 ) -> list[torch.Tensor]:
     """The `width` neurons to keep in each layer, rising (SDMPrune's two phases).
 
-    The model is used up: phase 1 narrows it in place, so that no second copy is in memory.
+    The model is changed: phase 1 narrows it in place, so that no second copy is in memory.
 
     samples: token ids [L] each; targets: for each sample the teacher's L − 1 positions, at the teacher's
     temperature; alpha: weight of the KL in phase 2; first: share of the neurons that phase 1 cuts, brought to a
-    multiple of `align` (matrix products of other widths are slow). Where no more than that is to go, phase 1 does
-    it all. Raises ModelError, naming the layer, if weights or gradients are not finite.
+    multiple of `align` (matrix products of other widths are slow). If the whole cut is no larger than
+    that, phase 1 makes it. Raises ModelError, naming the layer, if weights or gradients are not finite.
     """
     present = int(model.config.intermediate_size)
     if len(samples) != len(targets) or len(samples) == 0 or not 0 < width <= present:
@@ -58,10 +59,10 @@ def select(
             f"{len(samples)} samples, {len(targets)} targets, width {width} of {present}: give one target for each "
             f"sample and a width from 1 to {present}"
         )
-    between = max(width, _first_width(present, first, align))
+    first_width = max(width, _first_width(present, first, align))
     scores = importance(model, samples, _loss(model, samples, targets, 0.0))
-    kept = [keep(score_I, between) for score_I in scores]
-    if between == width:
+    kept = [keep(score_I, first_width) for score_I in scores]
+    if first_width == width:
         return kept
     _narrow(model, kept)
     scores = importance(model, samples, _loss(model, samples, targets, alpha))
@@ -69,7 +70,7 @@ def select(
 
 
 def importance(model: PreTrainedModel, samples: Samples, loss: Loss) -> list[torch.Tensor]:
-    """SDMPrune's importance of every neuron, [I] in float64 for each layer; the formula is the module's.
+    """SDMPrune's importance of every neuron, [I] in float64 for each layer, by the formula at the top of this file.
 
     One forward and backward pass per sample, because of the absolute value; each layer's gradients are used and
     freed before those of the layer below it exist. The model is left as it was.
@@ -88,7 +89,7 @@ def importance(model: PreTrainedModel, samples: Samples, loss: Loss) -> list[tor
 
 @contextmanager
 def _gradients_taken(model: PreTrainedModel, scores: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, only MLP weights get gradients, and those of a layer go into its score and are gone."""
+    """Inside, only MLP weights get gradients. Those of a layer are added to its score and freed."""
     layers = [list(mlp_weights(model, layer).values()) for layer in range(len(scores))]
     for layer in range(len(scores)):
         mlp_of(model, layer)  # refuses values that are not finite
@@ -113,7 +114,7 @@ def _gradients_taken(model: PreTrainedModel, scores: list[torch.Tensor]) -> Iter
 def _adder(weights: list[nn.Parameter], score_I: torch.Tensor) -> Callable[[torch.Tensor], None]:
     def add(_: torch.Tensor) -> None:
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        if len(gradients) == len(weights):  # the layer's last one has come
+        if len(gradients) == len(weights):  # the last gradient of this layer
             score_I.add_(contribution(view(weights), view(gradients)).cpu())
             for weight in weights:
                 weight.grad = None

@@ -1,13 +1,13 @@
-"""What pruning needs to know of a model at work: second moments, sensitivities and angles, over calibration text.
+"""The measurements that pruning takes of a model on calibration text: second moments, sensitivities and angles.
 
-Of each MLP: the Gram matrices Σ x xᵀ and sums Σ x of its input x (what gate and up see) and of the input h of
-down_proj, over all tokens; and for every output y_i of each of its matrices the empirical Fisher scalar, the mean over
-tokens of (∂NLL/∂y_i)², where NLL is summed over a sequence's own next tokens (Martens, arXiv 1412.1193, §5). Of the
-stack: how far the residual stream turns between any two blocks (Gromov et al., arXiv 2403.17887) and how much each
-block changes it (ShortGPT, arXiv 2403.03853).
+Each MLP has Gram matrices Σ x xᵀ and sums Σ x over all tokens, of its own input x (which gate and up read) and of the
+input h of down_proj. Each output y_i of each of its matrices has an empirical Fisher scalar, the mean over tokens of
+(∂NLL/∂y_i)², where NLL is summed over a sequence's own next tokens (Martens, arXiv 1412.1193, §5). The stack of layers
+has the angle that the residual stream turns between any two blocks (Gromov et al., arXiv 2403.17887) and the change
+that each block makes to it (ShortGPT, arXiv 2403.03853).
 
-One forward and one backward pass per batch give all of it. The batches depend on the text alone and every layer's sums
-are its own, so a layer's figures are the same bit for bit whichever layers are measured beside it.
+One forward and one backward pass per batch give all of it. The batches depend on the text alone, and no two layers
+share a sum. So a layer's figures are the same bit for bit, whichever layers are measured beside it.
 
 Shapes: B sequences, L tokens each, N = B·L tokens, n tokens of a chunk, D hidden size, K inputs of a matrix, V
 vocabulary, S stations of the residual stream (before each block, and after the last).
@@ -98,7 +98,7 @@ def stack(model: PreTrainedModel, ids_BL: Tensor) -> dict[str, Tensor]:
     influence_S = 1 - cosine_S / ids_BL.numel()
     for index, value in enumerate(influence_S.tolist()):
         if not math.isfinite(value):
-            raise ModelError(_broken(f"the residual stream around layer {index}"))
+            raise ModelError(_not_finite(f"the residual stream around layer {index}"))
     return {"angle": (angle_SS / len(ids_BL)).float(), "influence": influence_S.float()}
 
 
@@ -124,7 +124,7 @@ def nll_gradient(hidden_BLD: Tensor, head_VD: Tensor, ids_BL: Tensor) -> Tensor:
         grad_nV = logits_nV.softmax(-1)
         grad_nV.scatter_add_(1, labels_n[:, None], -torch.ones_like(grad_nV[:, :1]))
         parts.append(grad_nV.to(head_VD.dtype) @ head_VD)
-    grad_BLD = torch.zeros_like(hidden_BLD)  # a last token predicts nothing
+    grad_BLD = torch.zeros_like(hidden_BLD)  # the last token of a sequence predicts nothing
     grad_BLD[:, :-1] = torch.cat(parts).view_as(grad_BLD[:, :-1])
     return grad_BLD
 
@@ -186,18 +186,20 @@ def _exact_products() -> Iterator[None]:
 
 
 def _check(measured: dict[int, Sums]) -> None:
-    """ModelError for the first sum that is not finite in the order of computation: activations up, gradients down."""
-    up = [(layer, name) for layer, sums in measured.items() for name in sums if "fisher." not in name]
-    down = [(layer, name) for layer, sums in reversed(measured.items()) for name in sums if "fisher." in name]
-    for layer, name in up + down:
+    """ModelError for the first sum that is not finite in the order of computation: activations, then gradients."""
+    moments = [(layer, name) for layer, sums in measured.items() for name in sums if "fisher." not in name]
+    fisher = [
+        (layer, name) for layer, sums in reversed(measured.items()) for name in sums if "fisher." in name
+    ]
+    for layer, name in moments + fisher:
         if not torch.isfinite(measured[layer][name].sum()):
-            raise ModelError(_broken(f"layer {layer}: {name}"))
+            raise ModelError(_not_finite(f"layer {layer}: {name}"))
 
 
-def _broken(what: str) -> str:
+def _not_finite(quantity: str) -> str:
     return (
-        f"{what} is NaN or infinite over the calibration text: the model's weights are damaged or its precision does "
-        "not hold its activations; no statistics were written"
+        f"{quantity} is NaN or infinite over the calibration text: the model's weights are damaged or its precision "
+        "does not hold its activations; no statistics were written"
     )
 
 
@@ -205,7 +207,7 @@ def _angles(stream_SBLD: list[Tensor]) -> Tensor:
     """[S, S] float64: the angles between every two stations at the last token, over π, summed over sequences."""
     last_BSD = F.normalize(torch.stack([h_BLD[:, -1] for h_BLD in stream_SBLD], 1).double(), dim=-1)
     turned_SS = ((last_BSD @ last_BSD.mT).clamp(-1, 1).arccos() / math.pi).sum(0)
-    return turned_SS.fill_diagonal_(0)  # which rounding leaves at 1e-8
+    return turned_SS.fill_diagonal_(0)  # rounding leaves 1e-8 there
 
 
 def _cosines(stream_SBLD: list[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Students of stock architecture: fewer neurons in every layer, fewer layers, or zeros in place of weights.
 
-The work is in subtasks that may run anywhere. A layer's neurons are chosen and refitted on their own; what looks at the
-whole model at once (gradients, Wanda's pruned prefix) is one subtask.
+The work is in subtasks that may run anywhere. A layer's neurons are chosen and refitted on their own. A computation on
+the whole model (gradients, Wanda's pruned prefix) is one subtask.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MASKED, IMPORTANT = "masked", "important"  # names of published results
 
 
 def by_activations(task: Task, task_map: TaskMap) -> Student:
-    """Removes from every layer the neurons that are missed least, and refits the others to do their work."""
+    """Removes from every layer the neurons whose loss the others can best make up for, and refits the others."""
     return narrower(task, task_map, width_of(task))
 
 
@@ -37,14 +37,14 @@ def by_gradients(task: Task, task_map: TaskMap) -> Student:
     """Removes the neurons of least SDMPrune importance. Refits the others, which the paper does not do."""
     width = width_of(task)
     logger.info(f"measuring gradients on {task.calibrate.samples} sequences, in two phases")
-    ((_, kept),) = task_map(important, [(task, width)])
+    ((_, kept),) = task_map(important_neurons, [(task, width)])
     return narrower(task, task_map, width, kept)
 
 
 def narrower(
     task: Task, task_map: TaskMap, width: int, kept: Sequence[Sequence[int]] | None = None
 ) -> Student:
-    """Every layer with `width` neurons: those `kept`, rising, of each layer, or else those that activations choose."""
+    """A student with `width` neurons in every layer: those of `kept`, rising, or else those that activations choose."""
     layers = spec.layer_count(task.folder())
     subtasks = [(task, layer, width, None if kept is None else list(kept[layer])) for layer in range(layers)]
     for done, _ in enumerate(task_map(narrow, subtasks), 1):
@@ -79,10 +79,11 @@ def narrow(task: Task, layer: int, width: int, kept: list[int] | None) -> None:
     task.publish(_mlp_name(layer), cut._asdict() | {"loss": torch.tensor(loss)}, metadata)
 
 
-def important(task: Task, width: int) -> list[list[int]]:
-    """A subtask: the neurons that SDMPrune keeps in each layer, by gradients of CE and of KL to the cached teacher.
+def important_neurons(task: Task, width: int) -> list[list[int]]:
+    """A subtask: publishes and returns the neurons that SDMPrune keeps in each layer, by gradients of CE and of KL.
 
-    They are published."""
+    The KL is to the cached teacher.
+    """
     metadata = {"width": width}
     if (published := task.published(IMPORTANT, metadata)) is not None:
         return [published[str(layer)].tolist() for layer in range(len(published))]
@@ -114,7 +115,7 @@ def shallower(task: Task, dropped: Sequence[int]) -> Student:
 
 
 def layers_to_drop(task: Task) -> list[int]:
-    """As many layers as the sparsity comes nearest to, by the measured angles or the measured influence."""
+    """The layers to remove for the sparsity, to the nearest whole layer, by measured angles or measured influence."""
     measured, layers = task.stack_statistics(), spec.layer_count(task.folder())
     number = depth.count(layers, share_of(task))
     if task.settings.drop == "block":
@@ -123,7 +124,7 @@ def layers_to_drop(task: Task) -> list[int]:
 
 
 def masked(task: Task, task_map: TaskMap, masking: Masking) -> Student:
-    """The same shapes with zeros in them. `masking` is a function of a module's top level: it may travel."""
+    """The same shapes with zeros in them. `masking` must be a top-level function, which can be pickled."""
     logger.info(f"masking every MLP matrix by {task.settings.method}")
     for _ in task_map(publish_masked, [(task, masking)]):
         pass
@@ -173,7 +174,7 @@ def _targets(task: Task) -> list[Target]:
     if reader.manifest.corpus != task.texts.fingerprint:
         raise ModelError("the teacher cache is of another corpus than the calibration text: capture it again")
     names = calibrate.sample(task.store, task.texts, task.calibrate)["sample_id"].to_pylist()
-    return reader.targets(calibrate.drawn(reader.samples, task.calibrate).tolist(), names)
+    return reader.targets(calibrate.sample_indices(reader.samples, task.calibrate).tolist(), names)
 
 
 def _in_order(stored: Tensors) -> list[torch.Tensor]:

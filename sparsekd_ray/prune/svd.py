@@ -1,24 +1,25 @@
-"""One weight matrix by its spectrum: the best approximation of a given rank, written as two thin factors.
+"""The spectrum of a weight matrix, and from it the best approximation of a given rank, written as two thin factors.
 
 Plain: W = U diag(σ) Vᵀ, and by Eckart-Young (1936) the sum of the first r terms is the closest rank-r matrix in
 the Frobenius norm, at the distance sqrt(Σ_{i>r} σ_i²). SparseKD prunes every MLP matrix this way.
 
-Whitened: what counts is the layer's output on text, so with X the calibration inputs and S = X Xᵀ their Gram
-matrix, the error ‖D (W − Ŵ) X‖ is minimised, D being optional weights of the output rows. Let U_r be the leading
+Whitened: the layer's output on text counts. With X the calibration inputs and S = X Xᵀ their Gram matrix, the error
+‖D (W − Ŵ) X‖ is minimised, D being optional weights of the output rows. Let U_r be the leading
 left singular vectors of D W S^½; then Ŵ = D⁻¹ U_r U_rᵀ D W, at the distance sqrt(Σ_{i>r} σ_i²) of that matrix's
 own spectrum. Nothing of S is inverted or Cholesky-factorised (as SVD-LLM does), so fewer tokens than inputs, and
-inputs that never fire, are no special case. Nor is S^½ formed: with m ≤ n, U and σ² are the eigenvectors and
+inputs that never fire, are no special case. S^½ is not formed either: with m ≤ n, U and σ² are the eigenvectors and
 eigenvalues of D W S Wᵀ D, which is m by m; with m > n, D W = Q R and U is Q times those of R S Rᵀ, n by n.
 
-Squares are what is computed and what is needed: σ² is exact to rounding of the largest one, 10⁻¹⁶ σ_1², so a
-discarded share of the energy of 10⁻¹⁰ is still known to 10⁻⁶, and an optimal error below 10⁻⁸ σ_1 reads as zero.
+The computation yields the squares σ², and only these are needed. They are exact to rounding of the largest one,
+10⁻¹⁶ σ_1². So a discarded share of the energy of 10⁻¹⁰ is still known to 10⁻⁶, and an optimal error below 10⁻⁸ σ_1
+reads as zero.
 
 Shapes: m rows (outputs), n columns (inputs), r rank, k = min(m, n). Decompositions are in float64.
 """
 
 import torch
 
-UNWEIGHTED = 1e-6  # of the largest row weight: what a division by less would leave of a row is rounding
+UNWEIGHTED = 1e-6  # of the largest row weight: division by a smaller one would leave only rounding of a row
 
 
 def singular_values(

@@ -1,4 +1,4 @@
-"""What one pruning is asked to do, and where its inputs and subtasks lie. A `Task` pickles: subtasks run anywhere.
+"""One pruning: its settings, its inputs and the results of its subtasks. A `Task` can be pickled and runs anywhere.
 
 A subtask publishes its tensors as one file under `checkpoints/` of the unfinished artifact. A pruning that was killed
 goes on with the subtasks that are missing, and the commit deletes the files.
@@ -28,7 +28,7 @@ from sparsekd_ray.store.artifacts import CHECKPOINTS
 
 Tensors = dict[str, torch.Tensor]
 Metadata = Mapping[str, object]
-"""What a subtask's result depends on beside the task itself, as JSON values."""
+"""The values, beside the task itself, on which a subtask's result depends; as JSON values."""
 
 
 class Student(NamedTuple):
@@ -85,23 +85,21 @@ class Task:
         return folder
 
     def publish(self, name: str, tensors: Tensors, metadata: Metadata) -> None:
-        """Keeps a subtask's result, with what it depends on."""
+        """Stores a subtask's result, with the values on which it depends."""
         with self.store.publishing(self.out, _checkpoint(name)) as path:
             contiguous = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
             save_file(contiguous, path, {"metadata": _text(metadata)})
-        if (
-            self.store.remote
-        ):  # who needs it fetches it: this machine's disk is not for other machines' subtasks
+        if self.store.remote:  # any machine fetches it from the store, so no local copy is kept
             self.store.local(f"{self.out.key}/{_checkpoint(name)}").unlink(missing_ok=True)
 
     def published(self, name: str, metadata: Metadata) -> Tensors | None:
-        """A subtask's result, if it was kept and depends on the same."""
+        """A subtask's result, if there is one that depends on the same values."""
         path = self.store.pull(self.out, _checkpoint(name))
         if path is None:
             return None
         with safe_open(path, "pt") as file:
             same = (file.metadata() or {}).get("metadata") == _text(metadata)
-        if not same:  # another machine's last bits tipped a rank
+        if not same:  # other last bits on another machine may have changed a rank
             self.store.discard(self.out, _checkpoint(name))
             return None
         return load_file(path)
@@ -128,7 +126,7 @@ def tensors_below(folder: Path, name: str) -> Tensors:
 
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """Inside, what a pure function finds wrong with a matrix becomes a ModelError that begins with its name."""
+    """Turns errors of pure functions on a matrix into a ModelError that begins with the matrix's name."""
     try:
         yield
     except (ValueError, torch.linalg.LinAlgError) as error:

@@ -163,7 +163,9 @@ def test_an_export_states_the_licence_of_the_dense_model(tmp_path: Path) -> None
 
 def test_a_mask_and_its_name_survive_export(tmp_path: Path) -> None:
     source = stock_student("phi3", "masked", tmp_path / "student")
-    export.export(source, tmp_path / "out", card_facts={"sparsity": 0.5, "method": "wanda"})
+    export.export(
+        source, tmp_path / "out", card_facts={"sparsity": 0.5, "method": "wanda", "student_form": "masked"}
+    )
     exported, original = loading.load(tmp_path / "out" / "stock"), loading.load(source)
     assert exported.config.sparsekd_mask == "wanda"
     assert all(torch.equal(t, exported.state_dict()[name]) for name, t in original.state_dict().items())

@@ -112,7 +112,7 @@ def test_sdm_takes_a_cache_of_its_own_text_at_its_temperature(store: Store) -> N
 def test_sdm_keeps_what_the_cached_teacher_would_miss(store: Store) -> None:
     """The stage against the pure function, with targets taken from logits instead of from the cache."""
     from sparsekd_ray.prune import sdm
-    from sparsekd_ray.prune.structured import important
+    from sparsekd_ray.prune.structured import important_neurons
     from sparsekd_ray.teacher.signal import Target, tempered, topk
 
     asked = pruning.task(store, DENSE["qwen3"], "sdm-same", SETTINGS["sdm"], 0.4)
@@ -122,4 +122,4 @@ def test_sdm_keeps_what_the_cached_teacher_would_miss(store: Store) -> None:
         kept = [topk(model(ids_L[None]).logits[0, :-1], 12, (0.5,)) for ids_L in ids_BL]
     targets = [Target(k.ids_NK, *tempered(k.logprobs_NK, k.log_z_NT[:, 0], 0.5)) for k in kept]
     wanted = sdm.select(model, ids_BL, 27, targets=targets, alpha=0.4)
-    assert important(asked, 27) == [kept_K.tolist() for kept_K in wanted]
+    assert important_neurons(asked, 27) == [kept_K.tolist() for kept_K in wanted]

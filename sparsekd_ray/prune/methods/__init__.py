@@ -1,8 +1,8 @@
 """The pruning methods, by name: every module of this directory lists some in `METHODS`.
 
-A new method is one more module here, with its `MethodSpec` and, if it likes, its mathematics. The settings tree takes
-the names from here, and `--help` waits for that. So these modules do not import torch or transformers at their top:
-their functions import what they need when they are called.
+A new method is one more module in this directory, with its `MethodSpec` and perhaps its mathematics. The settings tree
+takes the names from here, and `--help` waits for that. So these modules do not import torch or transformers at their
+top: their functions import what they need when they are called.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["FORMS", "METHODS", "Form", "Input", "MethodSpec", "in_words", "named
 
 
 def _listed() -> list[MethodSpec]:
-    """What the modules list, by form and then in the order in which it is listed."""
+    """The methods of all modules, by form and then in the order of their `METHODS`."""
     modules = [
         importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)
     ]

@@ -1,4 +1,4 @@
-"""What a pruning method says of itself; everything else in the package that differs between methods is read from it."""
+"""The description of a pruning method. The rest of the package reads from it whatever differs between methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Input = Literal["statistics", "texts", "cache"]
 Shapes = Mapping[str, tuple[int, int]]
 """(m, n) = (outputs, inputs) of every MLP matrix of the dense model, by name."""
 
-FORMS: dict[Form, str] = {  # what a student of each form is
+FORMS: dict[Form, str] = {  # description of a student of each form
     "low-rank": "low-rank factors of every matrix",
     "narrower": "fewer neurons in every layer (a stock model)",
     "shallower": "fewer layers (a stock model)",
@@ -36,31 +36,31 @@ class MethodSpec:
     name: str
     form: Form
     card: str
-    """What was done to the model, for model cards: a sentence without its full stop."""
+    """What the method did to the model, for model cards: a sentence without its full stop."""
     settings: tuple[str, ...]
-    """The fields of `config.Prune`, beside `method`, that it reads. They enter its fingerprint."""
+    """The fields of `config.Prune`, beside `method`, that the method reads. They enter its fingerprint."""
     student: Callable[[Task, TaskMap], Student]
     """Prunes the model of a task."""
     preview: Callable[[Task, TaskMap], list[Row]]
-    """What `student` would do: a row for each matrix or layer. No model is made."""
+    """The plan of `student`: a row for each matrix or layer. No model is made."""
     check: Callable[[Shapes, Prune, Sequence[float]], None] = check_nothing
-    """Raises ConfigError if it cannot cut the dense model to these sparsities, one after the other."""
+    """Raises ConfigError if the method cannot cut the dense model to these sparsities, one after the other."""
     energy: Callable[[Task, float, TaskMap], float] | None = None
     """The sparsity that one energy threshold stands for. None for a method without singular values."""
     inputs: tuple[Input, ...] = ()
-    """What it reads beside the model: statistics of the model, the calibration text, the dense teacher's cache."""
+    """Inputs beside the model: statistics of the model, the calibration text, the dense teacher's cache."""
     inputs_where: Mapping[tuple[str, str], tuple[Input, ...]] = field(default_factory=dict)
-    """What it also reads where a setting has a value: {(setting, value): inputs}."""
+    """Further inputs where a setting has a value: {(setting, value): inputs}."""
     variants: tuple[str, ...] = ("",)
-    """The forms of it that a comparison shows by default: what follows its name, "" for the plainest form."""
+    """The variants that a comparison shows by default, as suffixes of the method's name; "" for the plainest one."""
 
     def inputs_for(self, settings: Prune) -> tuple[Input, ...]:
-        """What it reads beside the model, with these settings."""
+        """Inputs beside the model, with these settings."""
         conditional = [
             inputs for (key, value), inputs in self.inputs_where.items() if getattr(settings, key) == value
         ]
         return (*self.inputs, *(name for inputs in conditional for name in inputs))
 
     def only_read(self, settings: Prune) -> Prune:
-        """The settings that it reads, the others at their defaults."""
+        """The settings that the method reads, the others at their defaults."""
         return type(settings)(**settings.model_dump(include={*self.settings}) | {"method": self.name})
