@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What the loop uses of a DeepSpeed engine."""
+    """The part of a DeepSpeed engine that the loop uses."""
 
     device: torch.device
     optimizer: torch.optim.Optimizer
@@ -66,11 +66,11 @@ class Student(nn.Module):
 
 
 def start_engine(student: Student, settings: Distill, execution: Execution, micro_steps: int) -> Engine:
-    """A DeepSpeed engine over the workers of this process group; AdamW on what requires a gradient."""
+    """A DeepSpeed engine over the workers of this process group; AdamW on the parameters that require a gradient."""
     os.environ["DS_ACCELERATOR"] = "cuda" if execution.gpus else "cpu"
     import deepspeed
 
-    # on a CPU this op would be compiled for 90 seconds at the first start; gloo does its work
+    # on a CPU this op would be compiled for 90 seconds at the first start; gloo replaces it
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     options = _options(settings, execution, micro_steps)

@@ -1,4 +1,4 @@
-"""What is measured and shown of a distillation while it runs: validation, live rows, and lines of progress."""
+"""The figures of a running distillation: validation, live rows, and lines of progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsekd_ray.runtime import collectives, metrics
 
 
 def validation_perplexities(training: Training) -> tuple[float, dict[str, float]]:
-    """On disjoint windows, shared out over the workers, in all and by domain; the same figures on every worker."""
+    """Perplexity in all and by domain, on disjoint windows that the workers share; the same on every worker."""
     rank, world = collectives.rank_and_world()
     model, size = training.model, training.reader.seq_len
     model.eval()

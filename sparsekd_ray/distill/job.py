@@ -1,4 +1,4 @@
-"""A distillation: what it is asked to do, and what it is while it runs on a worker."""
+"""A distillation: its inputs and settings (`Job`), and its state while it runs on a worker (`Training`)."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Training:
     """Validation tokens of every domain."""
     model: PreTrainedModel
     zeros: Mapping[str, Tensor]
-    """Weights of a mask, which must stay zero."""
+    """Where a masked student's zeros are. They must stay zero."""
     engine: Engine
     steps: int
-    """Optimiser steps, if nothing stops it earlier."""
+    """Optimiser steps, unless a validation stops it earlier."""
     sizes: list[list[int]]
-    """Sequences of every worker's every micro-batch."""
+    """Number of sequences of each micro-batch, by worker."""
     progress: Progress
     best: dict[str, Tensor]
     """The weights of the best validation so far; on worker 0 alone."""

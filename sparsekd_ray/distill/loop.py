@@ -1,10 +1,10 @@
 """One worker of a distillation: read the teacher's shards, step, validate, checkpoint, stop, save.
 
 All workers run this same function over the same list of jobs, so one worker group serves several distillations.
-ZeRO averages gradients over workers; each worker's loss is therefore (workers / N) · Σ over its own positions, N being
-the step's positions over all workers, so that whatever the split, the gradient is that of the global mean.
+ZeRO averages gradients over workers. Each worker's loss is therefore (workers / N) · Σ over its own positions, where N
+is the number of the step's positions over all workers. So the gradient is that of the global mean, whatever the split.
 
-A checkpoint is written at every validation after which training goes on. Resuming from it continues bit for bit.
+A checkpoint is written at every validation after which training goes on. A resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def distill(job: Job, store: Store, execution: Execution) -> None:
 
 
 def _begin(job: Job, store: Store, execution: Execution, checkpoints: Checkpoints) -> Training:
-    """Loads what the job names, checks that it belongs together, and takes up the newest checkpoint."""
+    """Loads model, text and cache, checks that they belong together, and resumes from the newest checkpoint."""
     started, settings = time.monotonic(), job.settings
     torch.manual_seed(job.seed)
     texts, model = store.fetch(job.corpus), loading.load(store.fetch(job.student))
@@ -84,7 +84,7 @@ def _begin(job: Job, store: Store, execution: Execution, checkpoints: Checkpoint
 
 
 def _check(manifest: CacheManifest, vocab_size: int, tokenizer_hash: str, job: Job) -> None:
-    """Refuses a cache that does not belong to this student, its teacher and its text, or lacks the temperature."""
+    """ModelError for a cache that belongs to another student, teacher or text, or lacks the temperature."""
     manifest.require(
         tokenizer_hash=tokenizer_hash,
         vocab_size=vocab_size,
@@ -101,13 +101,13 @@ def _freeze(model: PreTrainedModel, settings: Distill) -> None:
 
 
 def _train(training: Training, checkpoints: Checkpoints) -> None:
-    """Steps until the budget is spent or a validation says stop; ends with the best weights in `training.best`."""
+    """Steps until the budget is spent or a validation ends it; leaves the best weights in `training.best`."""
     progress, interval = training.progress, metrics.log_interval(training.steps)
     if not progress.history:
         figures.log_row(training, _validate(training, (0.0, 0.0)))
     own = torch.zeros(2, dtype=torch.float64)  # this worker's Σ KL and Σ CE since the last row
-    since_validation = torch.zeros(2, dtype=torch.float64)  # and all workers', since the last validation
-    training.model.train()  # also where a resumed run has just not validated
+    since_validation = torch.zeros(2, dtype=torch.float64)  # all workers' sums since the last validation
+    training.model.train()  # a resumed run has had no validation that would set this mode
     row_step, row_time = progress.step, time.monotonic()
     while not training.over:
         own += _step(training)
@@ -143,13 +143,13 @@ def _step(training: Training) -> Tensor:
     cursor = sum(sum(worker) for worker in training.sizes[:rank])
     sums = torch.zeros(2, dtype=torch.float64)
     for size in training.sizes[rank]:
-        # an empty share still takes part in the collectives: one row, no label counted
+        # a worker with an empty share must still take part in the collectives: it runs a row without labels
         rows = samples[cursor : cursor + size] or samples[:1]
         cursor += size
         batch = reader.batch(rows, engine.device)
         labels_N = batch.labels_N if size else torch.full_like(batch.labels_N, -1)
         loss, kl, ce = engine(batch.input_ids_BL, labels_N, batch.target, training.positions)
-        # ZeRO divides by the number of workers, `positions` has already divided by everything else
+        # ZeRO divides by the number of workers; `positions` has divided by the positions of all workers already
         engine.backward(loss * world, scale_wrt_gas=False)
         engine.step()
         sums += torch.stack([kl, ce]).double().cpu()
@@ -163,7 +163,7 @@ def _validate(training: Training, loss: tuple[float, float]) -> dict[str, object
     if not math.isfinite(ppl):
         raise ModelError(
             f"{job.title} diverged: validation perplexity {ppl} at step {progress.step}, learning rate "
-            f"{job.settings.lr:g}. Lower distill.lr, or the round's lr; what was finished before is intact."
+            f"{job.settings.lr:g}. Lower distill.lr, or the round's lr; finished artifacts are intact."
         )
     tokens = progress.step * training.positions
     progress.history.append(

@@ -2,14 +2,14 @@
 
     per position   α · T² · [ Σ_K t_i log(t_i / q_i) + t_r log(t_r / q_r) ]  +  (1 − α) · (−log softmax(x)_y)
 
-t and q are the teacher's and the student's probabilities at temperature T on the K kept ids; t_r and q_r are what
-is left for all other ids together (the bucket). With the k likeliest ids that is an exact (K+1)-way KL, never negative,
-a lower bound of the full one. An unbiased sample of t has no bucket, t_r = 0, and sums to 1 only on average. T² keeps
-the gradient's scale independent of T (Hinton et al. 2015; SparseKD §IV-E).
+t and q are the teacher's and the student's probabilities at temperature T on the K kept ids; t_r and q_r are the
+probabilities of all other ids together (the bucket). With the k likeliest ids that is an exact (K+1)-way KL, never
+negative, a lower bound of the full one. An unbiased sample of t has no bucket, t_r = 0, and sums to 1 only on average.
+T² keeps the gradient's scale independent of T (Hinton et al. 2015; SparseKD §IV-E).
 
 Logits exist for a chunk of positions at a time, and their gradient is formed in the forward pass:
     dKL/dx_j = (m q_j − t_j) / T on kept ids,   q_j · (m − t_r / q_r) / T elsewhere,   m = Σ_K t_i + t_r,
-so neither [N, V] logits nor their gradient is ever held, and nothing is recomputed.
+so neither [N, V] logits nor their gradient is ever in memory, and nothing is recomputed.
 
 Shapes: N positions, n positions of one chunk, D hidden size, V vocabulary, K kept ids.
 """
@@ -37,7 +37,7 @@ def kd_loss(
     """(kl_weight · T² · Σ KL + ce_weight · Σ CE, Σ KL, Σ CE) over the positions whose label is not negative.
 
     Only the first value carries a gradient, to `hidden_ND` and, unless it is frozen, to `head_VD`.
-    The caller chooses the weights: α / N and (1 − α) / N for the mean over N positions, wherever those are.
+    The caller chooses the weights: α / N and (1 − α) / N for the mean over N positions, on whichever workers they are.
     """
     sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _ChunkedKD.apply(  # type: ignore[no-untyped-call]
         hidden_ND, head_VD, labels_N, target, temperature, kl_weight, ce_weight
@@ -97,7 +97,7 @@ def chunk_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Σ KL and Σ CE of one chunk, and the gradient of `kl_weight · T² · KL + ce_weight · CE` to its logits [n, V].
 
-    The memory of `logits_nV` is used up.
+    `logits_nV` is overwritten.
     """
     valid_n = labels_n >= 0
     ids_nK = target.ids_NK.long()
@@ -121,9 +121,7 @@ def chunk_loss(
     mass_n = t_nK.sum(-1) + target.tail_N
     grad_nV = e_nV.mul_((mass_n / z_n - target.tail_N / rest_n)[:, None])
     grad_nV.scatter_(1, ids_nK, log_q_nK.exp() * mass_n[:, None])
-    grad_nV.scatter_add_(1, ids_nK, -t_nK).mul_(
-        kl_weight * temperature
-    )  # padding adds 0, to whatever id it has
+    grad_nV.scatter_add_(1, ids_nK, -t_nK).mul_(kl_weight * temperature)  # padding has t = 0
 
     safe_n1 = labels_n.clamp(min=0)[:, None]
     label_n1 = below_nV.gather(1, safe_n1)

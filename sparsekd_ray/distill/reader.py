@@ -1,4 +1,4 @@
-"""Batches for the loop out of the teacher's cache: any row of any shard, with a window of shards in memory.
+"""Batches for the loop from the teacher's cache: any row of any shard, with a window of shards in memory.
 
 Shapes: B sequences, L tokens, N = B · (L − 1) predictions, K kept ids.
 """
@@ -33,7 +33,7 @@ class SampleReader:
         self.manifest = read_manifest(store.fetch(cache, [MANIFEST]))
         if self.manifest.seq_len is None:
             raise ConfigError(
-                f"{store.url(cache.key)} holds sequences of unequal length, a batch takes one length: "
+                f"{store.url(cache.key)} holds sequences of unequal length, and a batch takes one length: "
                 "train on a corpus packed to corpus.seq_len"
             )
         self.shard_rows = self.manifest.shard_rows
@@ -47,8 +47,11 @@ class SampleReader:
         self._shard = shard
 
     def targets(self, places: Sequence[int], samples: Sequence[str]) -> list[Target]:
-        """The teacher at every position of these rows, counted over all shards, which must have these names."""
-        ends, found = np.cumsum(self.shard_rows), []
+        """The teacher at every position of these rows.
+
+        places: row numbers, counted over all shards. samples: the names that these rows must have, or ModelError.
+        """
+        ends, targets = np.cumsum(self.shard_rows), []
         for place, sample in zip(places, samples, strict=True):
             index = int(np.searchsorted(ends, place, side="right"))
             rows, row = self._shard(index), int(place - ends[index] + self.shard_rows[index])
@@ -56,8 +59,9 @@ class SampleReader:
                 raise ModelError(
                     f"row {place} of the cache is {rows.sample_ids[row]!r}, of the corpus {sample!r}: capture it again"
                 )
-            found.append(Target(*(column.clone() for column in rows.part(row))))  # not the shard's memory
-        return found
+            # clones, because a view would keep its whole shard in memory
+            targets.append(Target(*(column.clone() for column in rows.part(row))))
+        return targets
 
     def batch(self, samples: list[tuple[int, int]], device: torch.device | str) -> Batch:
         """The samples as one batch on `device`."""

@@ -1,7 +1,8 @@
-"""Which samples, which share of them, which learning rate at which step: pure functions of the settings.
+"""The samples, their split over workers and the learning rate at each step: pure functions of the settings.
 
 The order of samples depends on (seed, step, number of samples per shard) and on nothing else: not on the number of
-workers, not on their speed, not on what was killed. The loop, the tests and a resumed run ask the same functions.
+workers, not on their speed, not on processes that were killed. The loop, the tests and a resumed run call the same
+functions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a distillation resumes from: the engine's state, the best weights so far, and how it went.
+"""The state from which a distillation resumes: the engine's state, the best weights so far, and the history.
 
 A checkpoint is one folder. Every worker writes its own part of the optimiser's state; worker 0 writes the rest.
 """
@@ -29,7 +29,7 @@ class Validation(TypedDict):
 
     step: int
     tokens: int
-    """Trained on so far."""
+    """Tokens of training so far."""
     loss: tuple[float, float]
     """Mean KL and cross-entropy per position in nats, over the steps since the validation before."""
     valid_ppl: float
@@ -41,7 +41,7 @@ class Progress:
     """All state of the loop but the engine's; in a checkpoint, one small JSON file that a person can read."""
 
     world: int
-    """Workers. The optimiser's state is cut for this number."""
+    """Number of workers. The optimiser's state is split for this number."""
     step: int = 0
     best_step: int = 0
     history: list[Validation] = field(default_factory=list)
@@ -74,10 +74,10 @@ def resume(title: str, engine: Engine, checkpoints: Checkpoints) -> tuple[Progre
     rank, world = collectives.rank_and_world()
     newest = collectives.broadcast(checkpoints.newest())
     if newest is None:
-        return _start_over(checkpoints)  # there may be parts of one that was never completed
+        return _start_over(checkpoints)  # a checkpoint that was never completed may have left parts
     progress = Progress(**json.loads((checkpoints.fetch(newest, PROGRESS) / PROGRESS).read_text()))
     if progress.world != world:
-        collectives.barrier()  # every worker has read why
+        collectives.barrier()  # until every worker has read the old progress
         if rank == 0:
             logger.info(
                 f"{title}: checkpoint of {progress.world} workers, now {world}: starting this step again"

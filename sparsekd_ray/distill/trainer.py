@@ -33,12 +33,12 @@ COLLECTIVE_TIMEOUT_S = 1800
 
 
 class Work(NamedTuple):
-    """What makes the artifact `ref`: a distillation by all workers, or a function that worker 0 calls between two."""
+    """Work that makes the artifact `ref`: a distillation by all workers, or a function that worker 0 calls alone."""
 
     ref: Ref
     task: Job | Callable[[], None]
     begin: Callable[[], None]
-    """Called by worker 0 before and after; they tell the driver."""
+    """Worker 0 calls `begin` before the work and `end` after it; they tell the driver."""
     end: Callable[[], None]
 
 

@@ -1,9 +1,9 @@
 """Ray Data streams the corpus through a pool of teacher actors: exactly one cache shard for each corpus shard.
 
-An actor reads a corpus shard, runs the teacher, and publishes the finished shard with its checksum; what is published
-is done, whatever is killed afterwards. A resumed capture asks only for the missing shards. While an actor writes and
+An actor reads a corpus shard, runs the teacher, and publishes the finished shard with its checksum. A published shard
+is never computed again, so a resumed capture computes only the missing shards. While an actor writes and
 uploads one shard, its forward pass is at the next. The manifest and the artifact's record come last, once every shard
-is there and counted. Actors of all kinds of cards take their shards from one queue.
+is published and counted. Actors of all kinds of cards take their shards from one queue.
 """
 
 from __future__ import annotations
@@ -75,23 +75,23 @@ class TeacherActor:
         return batch
 
     def shard(self, index: int) -> int:
-        """Makes and publishes one shard; returns its number of rows."""
+        """Computes and publishes one shard; returns its number of rows."""
         name, rows = shards.shard_name(index), self.rows(index)
-        if self.store.pull(self.out, name):  # an actor was lost after its work and before its answer
+        if self.store.pull(self.out, name):  # published by an actor that was lost before it answered
             return len(rows)
         if len(rows) != self.manifest.shard_rows[index]:
             raise IntegrityError(
                 f"{name} of the corpus has {len(rows)} rows, its manifest says {self.manifest.shard_rows[index]}"
             )
-        self.store.fetch(self.teacher)  # unchanged files cost a look at their dates, changed ones are refused
+        self.store.fetch(self.teacher)  # compares the files' dates; raises if a file has changed
         with self.one_at_a_time:
             signal = self.forward.signal(rows, self.manifest)
         if self.store.pull(self.out, name):  # another attempt was faster
             return len(rows)
         with self.store.building(self.out) as folder:
-            passing = folder / f".{name}.{uuid.uuid4().hex}.tmp"  # whole or not at all
-            shards.write(passing, rows, signal, self.manifest)
-            passing.replace(folder / name)
+            unfinished = folder / f".{name}.{uuid.uuid4().hex}.tmp"  # renamed once it is whole
+            shards.write(unfinished, rows, signal, self.manifest)
+            unfinished.replace(folder / name)
             self.store.publish(self.out, name)
         return len(rows)
 
@@ -143,10 +143,10 @@ def capture(
     done = {name for name in store.published(out, "") if name.endswith(".parquet")}
     todo = {index: n for index, n in enumerate(tokens) if shards.shard_name(index) not in done}
     if done:
-        logger.info(f"{len(tokens) - len(todo)} of {len(tokens)} shards are there already")
+        logger.info(f"{len(tokens) - len(todo)} of {len(tokens)} shards are captured already")
     _fill(todo, len(tokens), _stream(list(todo), arguments, execution))
-    there = set(store.published(out))
-    missing = [name for name in map(shards.shard_name, range(len(tokens))) if name not in there]
+    published = set(store.published(out))
+    missing = [name for name in map(shards.shard_name, range(len(tokens))) if name not in published]
     if missing:
         raise IntegrityError(
             f"capture ended without {len(missing)} of {len(tokens)} shards, the first is {missing[0]}"
@@ -156,7 +156,7 @@ def capture(
 
 
 def _fill(todo: dict[int, int], count: int, finished: Iterable[int]) -> None:
-    """Waits for the shards of `todo` (their tokens) to be finished, and says how fast that goes."""
+    """Waits for the shards of `todo` (shard → tokens) to be finished, and logs the speed."""
     started, wanted = time.monotonic(), sum(todo.values())
     left, open_shards = wanted, len(todo)
     for index in finished:
@@ -204,10 +204,12 @@ def _tokens_by_shard(texts: Path, shard_rows: tuple[int, ...], seq_len: int | No
 
 
 def _threshold(arguments: ActorArguments, bytes_per_token: float) -> float:
-    """The sampler's threshold: an earlier attempt at this cache has published it, or one actor fits it now."""
+    """The sampler's threshold, published by an earlier attempt at this cache or else fitted by one actor now."""
     store, out = arguments.store, arguments.out
     if (published := store.pull(out, THRESHOLD)) is None:
-        logger.info(f"looks for the threshold at which a sample takes {bytes_per_token:g} bytes per token")
+        logger.info(
+            f"searching for the threshold at which a sample takes {bytes_per_token:g} bytes per token"
+        )
         options = {"num_gpus": 1} if arguments.gpu else {"num_cpus": 1}
         actor: Any = ray.remote(TeacherActor).options(**options).remote(*arguments)
         fitted = float(ray.get(actor.fit_threshold.remote(bytes_per_token)))
@@ -220,17 +222,16 @@ def _threshold(arguments: ActorArguments, bytes_per_token: float) -> float:
 
 
 def _stream(todo: list[int], arguments: ActorArguments, execution: Execution) -> Iterator[int]:
-    """Every finished shard, as it finishes."""
+    """The number of each shard when it is finished."""
     if not todo:
         return
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # our own line per shard says how far it is
-    context.raise_original_map_exception = True  # our errors say what to do; Ray's wrapping would hide them
+    context.enable_progress_bars = False  # our own line per shard shows the progress
+    context.raise_original_map_exception = True  # Ray's wrapping would hide the advice in our errors
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # all actors from the start: Ray Data would add them only after a while
     pool = ActorPoolStrategy(
-        size=min(
-            execution.actors, len(todo)
-        ),  # all from the start; Ray Data would add them only after a while
+        size=min(execution.actors, len(todo)),
         max_tasks_in_flight_per_actor=2,
         max_concurrent_calls_per_actor=2,
         enable_true_multi_threading=True,

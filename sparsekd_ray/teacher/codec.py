@@ -1,8 +1,8 @@
 """The compact codec: token ids in fewer bits than their number needs, probabilities in about two.
 
-**Ids.** Tokenizers number their vocabulary from frequent to rare, so small ids are common. An id is written as a
-class, one byte whose likely values Parquet's zstd turns into few bits, and the low bits that its class leaves open,
-which look random and are packed as they are:
+**Ids.** Tokenizers number their vocabulary from frequent to rare, so small ids are common. An id is written in two
+parts. The first is its class, one byte whose likely values Parquet's zstd turns into few bits. The second is the low
+bits that the class leaves open. They look random and are packed as they are:
 
     id < 16        class = id, no further bits
     otherwise      with 2^e ≤ id < 2^(e+1): class = 16 + 8 (e − 4) + the three bits after the first, e − 3 further bits
@@ -12,7 +12,7 @@ difference of levels, one byte. Levels lie 0.08 nat apart where p is large and u
 error of δ nat costs p δ² / 2 of KL: about equally much for every id.
 
 **Tails** at T = 1 and at each stored temperature: √(tail mass) in 4095 steps, two bytes. Decoded probabilities are
-made to sum to 1 − tail, so the tail is right to 2.5e-4 at every temperature, whatever the levels above did.
+made to sum to 1 − tail, so the tail is right to 2.5e-4 at every temperature, whatever the error of the levels.
 
 All of it is vectorised over whole shards. Shapes: M ids in B rows, row after row; N positions, K kept ids,
 T temperatures.
@@ -78,7 +78,7 @@ def _starts(width_M: np.ndarray, counts_B: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def encode_logprobs(logprobs_NK: np.ndarray) -> np.ndarray:
-    """Falling log-probabilities → uint8 [N, K], each one's level minus that of the one before."""
+    """Falling log-probabilities → uint8 [N, K], each entry's level minus that of the entry before."""
     levels_NK = np.searchsorted(_BETWEEN, -logprobs_NK).astype(np.uint8)
     return np.diff(levels_NK, axis=-1, prepend=np.uint8(0))
 

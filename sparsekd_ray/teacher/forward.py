@@ -27,7 +27,7 @@ from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.signal import NOTHING, Sampled, TopK, padded, sampled, topk
 
 SEQUENCES = {"cpu": 16, "cuda": 64}
-"""At first, and on one kind of card the same in every process: the last bits of a result depend on it."""
+"""The first batch size. It is fixed for a kind of device, because the last bits of a result depend on it."""
 
 
 class Forward:
@@ -40,8 +40,8 @@ class Forward:
     def signal(self, rows: pa.Table, manifest: CacheManifest) -> TopK | Sampled:
         """The manifest's signal for every position of every row, in order, in host memory.
 
-        CorpusError for rows below two tokens; ModelError for probabilities that are no numbers, with the sample's name,
-        and for a card that is too small for one sequence.
+        CorpusError for rows below two tokens; ModelError, with the sample's name, for probabilities that are not
+        finite. ModelError for a card that is too small for one sequence.
         """
         lengths_B, order_B = lengths(rows), np.empty(0, np.int64)
         parts: list[TopK | Sampled] = []
@@ -65,7 +65,7 @@ class Forward:
         else:
             _finite(part, samples)
             return part
-        self._halve(failure)  # the error is gone, and with it what it held of the failed batch
+        self._halve(failure)  # by now the error is freed, and with it the failed batch's memory
         return None
 
     @torch.inference_mode()
@@ -104,7 +104,7 @@ def _keep(
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the error says, in one of torch's several ways, that the device has no memory left."""
+    """Whether this is one of torch's several errors for a device without free memory."""
     phrases = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
 
@@ -139,7 +139,7 @@ def tokens(rows: pa.Table) -> torch.Tensor:
 
 
 def _in_order(signal: TopK | Sampled, order_B: np.ndarray, positions_B: np.ndarray) -> TopK | Sampled:
-    """The signal with its rows back in the corpus's order; they are in `order_B`."""
+    """The signal with its rows in the corpus's order; on input they are in the order of `order_B`."""
     if (np.diff(order_B) > 0).all():
         return signal
     counts, back = positions_B[order_B].tolist(), np.argsort(order_B)
@@ -148,7 +148,7 @@ def _in_order(signal: TopK | Sampled, order_B: np.ndarray, positions_B: np.ndarr
 
 
 def draws_of(samples: list[str], positions: int) -> torch.Tensor:
-    """A uniform number in [0, 1) for every position, from the sample's name alone: the same whoever asks, and when."""
+    """A uniform number in [0, 1) for every position. It depends on nothing but the sample's name and the position."""
     seeds = [zlib.crc32(sample.encode()) for sample in samples]
     return torch.from_numpy(
         np.concatenate([np.random.default_rng(seed).random(positions, np.float32) for seed in seeds])

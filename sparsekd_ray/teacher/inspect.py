@@ -38,10 +38,11 @@ def all_rows(store: Store, ref: Ref, temperature: float | None = None) -> Iterat
 
 
 def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top: int) -> Table:
-    """One sample, a line per position: token, what came next, the teacher's `top` alternatives, the tail.
+    """One sample, a line per position: token, next token, the teacher's `top` alternatives, the tail.
 
-    Of a sampled cache these are estimates, right on average and not one by one: what was not drawn counts as 0, and
-    there is no tail. ConfigError if there is no such sample, with some that there are."""
+    A sampled cache gives estimates that are right on average only: an id that was not drawn counts as 0, and there is
+    no tail. ConfigError, with the names of some samples, if there is no such sample.
+    """
     from transformers import AutoTokenizer
 
     manifest = read_manifest(store.fetch(ref, [MANIFEST]))
@@ -61,7 +62,7 @@ def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top
     )
     for position, pair in enumerate(pairwise(ids)):
         pairs = zip(part.ids_NK[position].tolist(), part.logprobs_NK[position].exp().tolist(), strict=True)
-        kept = {i: p for i, p in pairs if p > 0}  # padding has none
+        kept = {i: p for i, p in pairs if p > 0}  # padding has probability 0
         likeliest = sorted(kept.items(), key=lambda pair: -pair[1])[:top]
         listed = "  ".join(f"{shown(tokenizer, i)} {p:.1%}" for i, p in likeliest)
         chance = f"{kept[pair[1]]:.1%}" if pair[1] in kept else "0, not drawn" if drawn else "in the tail"
@@ -71,7 +72,7 @@ def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top
 
 
 def _holding(store: Store, ref: Ref, sample: str, temperature: float | None) -> shards.Rows:
-    """The shard that holds a sample."""
+    """The decoded shard that holds a sample. ConfigError if none does."""
     some: list[str] = []
     for _, rows in all_rows(store, ref, temperature):
         if sample in rows.sample_ids:
@@ -86,8 +87,10 @@ def shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def statistics(store: Store, ref: Ref) -> CacheStatistics:
-    """Bytes per token by column, and by domain: mass of the kept ids, of the likeliest alone, and entropy in nat (of
-    top-k a lower bound, the tail counted as one; of a sample that of the estimate)."""
+    """Bytes per token by column; and by domain the mass of the kept ids, the mass of the likeliest, and entropy in nat.
+
+    For top-k the entropy is a lower bound, with the tail counted as one id. For a sample it is that of the estimate.
+    """
     folder, by_column = store.fetch(ref), dict[str, float]()
     manifest = read_manifest(folder)
     for path in sorted(folder.glob("*.parquet")):

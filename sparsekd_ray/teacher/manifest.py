@@ -1,4 +1,4 @@
-"""The manifest of a cache: what its shards hold and what they belong to.
+"""The manifest of a cache: the content of its shards, and the model and text they belong to.
 
 Capture writes it as `manifest.json` once every shard is there. The trainer reads it and refuses a cache that does not
 belong to its student, so nobody types these values twice.
@@ -24,7 +24,7 @@ class CacheManifest:
     k: int
     """Ids per position of `topk`."""
     temperatures: tuple[float, ...]
-    """Temperatures whose log-normaliser is stored; of a sample, the one that it was drawn at."""
+    """Temperatures whose log-normaliser is stored; for a sample, the temperature at which it was drawn."""
     vocab_size: int
     """Width of the teacher's logits, which may exceed the tokenizer's vocabulary."""
     tokenizer_hash: str
@@ -41,7 +41,7 @@ class CacheManifest:
     seq_len: int | None = None
     """Tokens of every row; None where rows differ in length."""
     threshold: float | None = None
-    """Of a sample: probabilities from here on are kept exactly."""
+    """The sampler's threshold: probabilities from this value on are kept exactly. None for `topk`."""
     format: str = FORMAT
 
     @property
@@ -66,9 +66,9 @@ class CacheManifest:
             return self.temperatures.index(temperature)
         if temperature in self.readable_temperatures:
             return None
-        held = ", ".join(f"{t:g}" for t in self.readable_temperatures)
+        readable = ", ".join(f"{t:g}" for t in self.readable_temperatures)
         raise ModelError(
-            f"the cache can be read at the temperatures {held}, not at {temperature:g}: add it to "
+            f"the cache can be read at the temperatures {readable}, not at {temperature:g}: add it to "
             "teacher.temperatures and capture again"
         )
 

@@ -28,7 +28,7 @@ from sparsekd_ray.teacher import codec
 from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.signal import NOTHING, Sampled, Target, TopK, tempered
 
-PER_NAT = 32  # of the exact probabilities in a sample: there are few, and each weighs much
+PER_NAT = 32  # steps of the exact log-probabilities in a sample: they are few and weigh much
 MANY = 255  # ids of one sort that a position can hold
 
 
@@ -41,8 +41,11 @@ def encode(signal: TopK | Sampled, positions_B: np.ndarray, manifest: CacheManif
 
 
 def decode(table: pa.Table, positions_B: np.ndarray, manifest: CacheManifest, temperature: float) -> Target:
-    """All positions of a shard at `temperature`. ModelError for one that the cache does not hold; IntegrityError
-    where a column does not have the size that the rows and the manifest say."""
+    """All positions of a shard at `temperature`.
+
+    ModelError for a temperature that the cache does not hold. IntegrityError for a column whose size does not fit the
+    rows and the manifest.
+    """
     stored = manifest.normaliser_index(temperature)
     try:
         if manifest.signal == "sampled":
@@ -159,7 +162,7 @@ def _from_sampled(table: pa.Table, positions_B: np.ndarray, manifest: CacheManif
 
 
 def _follows(exact_N: np.ndarray, drawn_N: np.ndarray) -> np.ndarray:
-    """Which of all ids [M] is a drawn one right after another drawn one of its position."""
+    """Whether each of all ids [M] is a drawn id that follows another drawn id of its position."""
     counts_N = exact_N + drawn_N
     place_M = np.arange(counts_N.sum()) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
     follows_M: np.ndarray = place_M > np.repeat(exact_N, counts_N)
@@ -167,7 +170,7 @@ def _follows(exact_N: np.ndarray, drawn_N: np.ndarray) -> np.ndarray:
 
 
 def _differences(ids_M: np.ndarray, exact_N: np.ndarray, drawn_N: np.ndarray) -> np.ndarray:
-    """Drawn ids rise: all but the first of a position are written as what they lie above the one before, less 1."""
+    """Drawn ids rise: all but the first of a position are written as the difference from the one before, less 1."""
     before_M = np.concatenate([[0], ids_M[:-1] + 1]).astype(np.int32)
     return np.where(_follows(exact_N, drawn_N), ids_M - before_M, ids_M)
 
@@ -175,7 +178,7 @@ def _differences(ids_M: np.ndarray, exact_N: np.ndarray, drawn_N: np.ndarray) ->
 def _sums(coded_M: np.ndarray, exact_N: np.ndarray, drawn_N: np.ndarray) -> np.ndarray:
     follows_M = _follows(exact_N, drawn_N)
     total_M = np.cumsum(coded_M.astype(np.int64) + follows_M)
-    # the running total, less what it was before the id that the differences start from
+    # the running total, less its value before the id from which the differences start
     start_M = np.maximum.accumulate(np.where(follows_M, 0, np.arange(len(coded_M))))
     ids_M: np.ndarray = (total_M - total_M[start_M] + coded_M[start_M]).astype(np.int32)
     return ids_M
@@ -195,7 +198,7 @@ def _lists(values: np.ndarray, counts_B: np.ndarray) -> pa.ListArray:
 
 
 def never_null(offsets: pa.Array, values: pa.Array) -> pa.ListArray:
-    """Lists whose values cannot be null: Parquet then keeps no levels to say so, and reads faster."""
+    """Lists whose values cannot be null: Parquet then stores no definition levels, and reads faster."""
     kind = pa.list_(pa.field("element", values.type, nullable=False))
     return pa.ListArray.from_arrays(offsets, values, type=kind)
 
@@ -241,5 +244,5 @@ def _expect(name: str, sizes_B: np.ndarray, counts_B: np.ndarray) -> None:
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:
-    """A tensor of its own, out of Parquet's buffers."""
+    """A tensor with its own memory, copied from Parquet's buffers."""
     return torch.from_numpy(np.array(values))

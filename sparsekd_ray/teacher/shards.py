@@ -8,8 +8,8 @@ One row is one sequence of L tokens, hence L − 1 predictions:
     input_ids   list<int32>   L token ids (compact: input_class, input_bits binary, a class for each token)
     …           the signal of its L − 1 positions, see `payload.py`
 
-Rows may differ in L, which is the length of that list (or of the classes). What binds the shards to their teacher and
-text is in `manifest.json` (see `manifest.py`).
+Rows may differ in L, which is the length of that list (or of the classes). `manifest.json` binds the shards to their
+teacher and text (see `manifest.py`).
 
 Shapes: B rows, N positions of all rows.
 """
@@ -79,7 +79,7 @@ def write(
     pq.write_table(
         table.replace_schema_metadata({"format": FORMAT}),
         path,
-        compression="zstd" if manifest.codec == "compact" else "lz4",  # which is read twice as fast
+        compression="zstd" if manifest.codec == "compact" else "lz4",  # lz4 is read twice as fast
         use_dictionary=["domain"],
         write_statistics=False,
         row_group_size=len(table),
@@ -87,7 +87,7 @@ def write(
 
 
 def read(path: Path | IO[bytes], manifest: CacheManifest, temperature: float) -> Rows:
-    """Decodes one shard at one temperature; `IntegrityError` where it is not what the manifest says."""
+    """Decodes one shard at one temperature; `IntegrityError` if it is damaged or does not fit the manifest."""
     try:
         table = pq.ParquetFile(path).read(use_threads=False)  # half the time of read_table
     except (pa.ArrowException, OSError) as error:
@@ -119,9 +119,9 @@ def _tokens(table: pa.Table, manifest: CacheManifest) -> tuple[np.ndarray, np.nd
 
 
 def _expected(lengths_B: np.ndarray, manifest: CacheManifest) -> None:
-    """IntegrityError for rows that no manifest of this kind stands for."""
-    one = manifest.seq_len
-    if (lengths_B < 2).any() or (one is not None and (lengths_B != one).any()):
+    """IntegrityError for rows of other lengths than the manifest allows."""
+    seq_len = manifest.seq_len
+    if (lengths_B < 2).any() or (seq_len is not None and (lengths_B != seq_len).any()):
         raise IntegrityError(
-            f"rows of {sorted(set(lengths_B.tolist()))} tokens, where the manifest says {one or 'at least 2'}"
+            f"rows of {sorted(set(lengths_B.tolist()))} tokens, where the manifest says {seq_len or 'at least 2'}"
         )

@@ -1,10 +1,11 @@
-"""What is kept of a teacher's probabilities for one position: two sparse signals that feed one loss.
+"""A teacher's probabilities at one position, as one of two sparse signals that feed one loss.
 
 `topk`     the k likeliest ids with log-probabilities, and log Z_T = log Σ_v p_v^{1/T} over the whole vocabulary, which
            makes every kept probability at temperature T, and the mass of all others together (the tail), exact:
            p_T(i) = p_i^{1/T} / Z_T. Guessing Z_T from the kept values is wrong by an order of magnitude.
-`sampled`  an unbiased estimate of p_T itself, with no tail: every p_i ≥ τ as it is, and of the smaller ones a sample,
-           id i with probability p_i / τ, all of weight τ. So E[t̂] = p_T, and with it the expected gradient.
+`sampled`  an unbiased estimate of p_T itself, with no tail. Every p_i ≥ τ is kept as it is. The smaller ones are
+           sampled: id i is drawn with probability p_i / τ and has weight τ. So E[t̂] = p_T, and the expected gradient is
+           exact.
            (random sampling distillation: arXiv 2503.16870; here with a threshold and one systematic draw per position)
 
 Pure functions of logits. Shapes: N positions, D hidden size, V vocabulary, K kept ids, T temperatures.
@@ -43,7 +44,7 @@ class Sampled(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A teacher at one temperature, from either signal: what the loss takes."""
+    """A teacher at one temperature, from either signal: the input of the loss."""
 
     ids_NK: torch.Tensor
     """Integers; a position with fewer ids is padded with any id."""
@@ -54,7 +55,7 @@ class Target(NamedTuple):
 
 
 def joined(parts: Sequence[Target]) -> Target:
-    """One after the other, padded to the widest."""
+    """The parts in order as one target, padded to the widest."""
     width = max(part.ids_NK.shape[1] for part in parts)
     return Target(
         torch.cat([padded(part.ids_NK, width, 0) for part in parts]),
@@ -84,9 +85,8 @@ def _log_sums(
     """log Σ_v exp((x_v − top) / t) for each t. At twice the temperature the terms are square roots, which cost a third
     of exponentials."""
     log_sums: dict[float, torch.Tensor] = {}
-    terms_NV = torch.empty_like(
-        logits_NV
-    )  # one for all: memory that was never touched is slower than the arithmetic
+    # one buffer for all temperatures: the first touch of fresh memory costs more than the arithmetic
+    terms_NV = torch.empty_like(logits_NV)
     for t in sorted(temperatures):
         if t / 2 in temperatures:
             continue
@@ -120,7 +120,8 @@ def sampled(logits_NV: torch.Tensor, temperature: float, threshold: float, draw_
     """The threshold sample of softmax(logits / temperature); `draw_N` holds one uniform number in [0, 1) a position.
 
     Systematic: the small probabilities stand in a row of their sum's length, and the ids at the marks τ·u, τ·(1 + u),
-    … are taken. Their number is then the same but for one, whatever u, and no id can be taken twice.
+    … are taken. Their number then varies by one at most, whatever u is, and no id can be taken
+    twice.
     """
     p_NV = (logits_NV.float() / temperature).softmax(-1)
     # no more than 1 / τ can be exact: looking for so many takes less than comparing all with τ
@@ -131,7 +132,7 @@ def sampled(logits_NV: torch.Tensor, temperature: float, threshold: float, draw_
     drawn_ids_ND, drawn_N = _systematic(p_NV, threshold, draw_N.double())
     place_D = torch.arange(drawn_ids_ND.shape[1], device=p_NV.device)
     kept_NK = torch.cat([is_exact_NE, place_D < drawn_N[:, None]], 1)
-    # exact ones, then drawn ones, then what is neither
+    # exact ids, then drawn ids, then all others
     order_NK = (~kept_NK).byte().sort(dim=-1, stable=True).indices[:, : int(kept_NK.sum(-1).max())]
     kept_NK = kept_NK.gather(1, order_NK)
     weights_ND = exact_NE.new_full(drawn_ids_ND.shape, math.log(threshold))
@@ -144,9 +145,9 @@ def sampled(logits_NV: torch.Tensor, temperature: float, threshold: float, draw_
 def _systematic(p_NV: torch.Tensor, threshold: float, u_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns where Σ_{j ≤ i} p_j passes τ·u, τ·(1 + u), … [N, D], by rising column, and their number [N].
 
-    In two levels, since a running sum over a vocabulary costs more than all the rest: sums of groups say in which of
-    them a mark lies, and only that group's members are summed up one by one. Running sums are in fp64: the rounding
-    of fp32 would move marks.
+    The search has two levels, since a running sum over a vocabulary costs more than all the rest. The sums of groups
+    tell in which group a mark lies, and only that group's members are summed up one by one. Running
+    sums are in fp64: the rounding of fp32 would move marks.
     """
     sums_NG = _group_sums(p_NV)
     ends_NG = sums_NG.double().cumsum(-1)

@@ -1,6 +1,6 @@
 """The sampler's threshold from a size: the smallest τ at which the signal of a pilot takes at most so many bytes.
 
-Found once per cache and kept beside its shards, so every actor and every later attempt draws from the same law.
+It is found once per cache and stored with its shards, so every actor and every later attempt draws from the same law.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ BISECTIONS = 10  # within 0.7 % of τ
 
 
 def fit(size: Callable[[float], float], bytes_per_token: float) -> float:
-    """τ for `bytes_per_token`, where `size(τ)` are the bytes per token that a sample takes, fewer the larger τ.
+    """τ for `bytes_per_token`. `size(τ)` gives the bytes per token of a sample; they fall with τ.
 
-    ConfigError where even the coarsest sample, a single drawn id a position, takes more."""
+    ConfigError if even the coarsest sample, a single drawn id a position, takes more.
+    """
     if (smallest := size(LARGEST)) > bytes_per_token:
         raise ConfigError(
             f"teacher.bytes_per_token is {bytes_per_token:g}; the smallest sampled cache of this text takes "
@@ -42,7 +43,7 @@ def fit(size: Callable[[float], float], bytes_per_token: float) -> float:
 
 
 def fit_teacher(forward: Forward, pilot: pa.Table, manifest: CacheManifest, bytes_per_token: float) -> float:
-    """τ on the rows of `pilot`, everything in the file but its fixed footer included."""
+    """τ for the rows of `pilot`. All of the file but its fixed footer counts."""
 
     def size(threshold: float) -> float:
         drawn = replace(manifest, threshold=threshold)

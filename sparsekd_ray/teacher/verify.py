@@ -1,6 +1,6 @@
-"""Checks that a cache holds what its teacher says: every file, row and id, and a seeded sample asked again.
+"""Checks a cache against its teacher: every file, row and id, and a seeded sample that the teacher computes again.
 
-Torch and transformers alone. Shapes: N positions, V vocabulary, K kept ids.
+This module needs torch and transformers, but no Ray. Shapes: N positions, V vocabulary, K kept ids.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NOISE = 1e-2  # no more is forgiven, however unsteady the teacher is
 
 
 class Distance(NamedTuple):
-    """How far the cache is from the teacher, and the teacher from itself, over the positions that were asked again."""
+    """How far the cache is from the teacher, and the teacher from itself, over the positions that were recomputed."""
 
     distance: float
     noise: float
@@ -69,11 +69,12 @@ def parents(store: Store, ref: Ref) -> dict[str, Ref]:
 
 
 def verify(store: Store, ref: Ref, sequences: int, seed: int) -> Verification:
-    """Checks all of a cache and returns what was measured; IntegrityError at the first fault.
+    """Checks all of a cache and returns the measurements; IntegrityError at the first fault.
 
-    `distance` is a mean over all positions of `sequences` sequences and over the stored temperatures. Of top-k,
-    KL(teacher now ‖ cache), the rest of the vocabulary as one. Of a sample, the total variation between it and the
-    sample drawn again. `noise` is the same between the teacher now and the teacher now, one sequence at a time.
+    `distance` is a mean over all positions of `sequences` sequences and over the stored temperatures. For top-k it is
+    KL(teacher now ‖ cache), with the rest of the vocabulary as one. For a sample it is the total variation between it
+    and the sample drawn again. `noise` is the same distance between the teacher now, in batches, and the teacher
+    now, one sequence at a time.
     """
     inputs = parents(store, ref)
     folder, texts = store.fetch(ref), store.fetch(inputs["texts"])
@@ -82,7 +83,7 @@ def verify(store: Store, ref: Ref, sequences: int, seed: int) -> Verification:
     logger.info(f"{len(manifest.shard_rows)} shards: every checksum is that of the record")
     rows = _count(folder, texts, manifest)
     logger.info(f"{rows:,} rows, every one in its place, with its tokens, ids and probabilities in range")
-    measured = _ask_again(store.fetch(inputs["teacher"]), folder, texts, manifest, sequences, seed)
+    measured = _recompute(store.fetch(inputs["teacher"]), folder, texts, manifest, sequences, seed)
     allowed = _judge(measured, folder, manifest)
     return {
         "distance": measured.distance,
@@ -106,8 +107,8 @@ def _judge(measured: Distance, folder: Path, manifest: CacheManifest) -> float:
     )
     if not measured.distance <= allowed:
         raise IntegrityError(
-            f"{folder} is not what its teacher says: mean {name} {measured.distance:.3g}, allowed {allowed:.3g}. "
-            f"Remove it to have it captured again."
+            f"{folder} does not hold the probabilities of its teacher: mean {name} {measured.distance:.3g}, allowed "
+            f"{allowed:.3g}. Remove it to have it captured again."
         )
     return allowed
 
@@ -134,14 +135,14 @@ def _require_inputs(manifest: CacheManifest, inputs: dict[str, Ref], tokenizer_h
 
 
 def _checked(folder: Path, texts: Path, index: int, manifest: CacheManifest) -> tuple[int, int]:
-    """Rows and tokens of one shard. IntegrityError unless its rows are the corpus's and its numbers are possible."""
+    """Rows and tokens of one shard. IntegrityError if its rows are not the corpus's or its numbers are impossible."""
     name = shards.shard_name(index)
     source = corpus.read_shard(texts / "train" / name)
     for temperature in manifest.readable_temperatures:
         rows = shards.read(folder / name, manifest, temperature)
         target = rows.target
         mass_N = target.logprobs_NK.exp().sum(-1) + target.tail_N
-        wrong = {
+        faults = {
             "sample ids": rows.sample_ids != source["sample_id"].to_pylist(),
             "domains": rows.domains != source["domain"].to_pylist(),
             "lengths": not np.array_equal(np.diff(rows.first_B1), lengths(source)),
@@ -151,22 +152,22 @@ def _checked(folder: Path, texts: Path, index: int, manifest: CacheManifest) -> 
             "repeated ids": _repeats(target),
             "sums": manifest.signal == "topk" and bool(((mass_N - 1).abs() > 1e-3).any()),
         }
-        for what, is_wrong in wrong.items():
+        for column, is_wrong in faults.items():
             if is_wrong:
                 raise IntegrityError(
-                    f"{folder / name}: its {what} are not those of the corpus, or impossible"
+                    f"{folder / name}: its {column} are not those of the corpus, or impossible"
                 )
     return len(source), int(lengths(source).sum())
 
 
 def _repeats(target: Target) -> bool:
-    """Whether a position keeps an id twice; padding aside."""
+    """Whether a position keeps an id twice; padding does not count."""
     kept_NK = target.logprobs_NK > NOTHING
     ids_NK = torch.where(kept_NK, target.ids_NK, -1 - torch.arange(target.ids_NK.shape[1])).sort(-1).values
     return bool((ids_NK.diff(dim=-1) == 0).any())
 
 
-def _ask_again(
+def _recompute(
     teacher: Path, folder: Path, texts: Path, manifest: CacheManifest, sequences: int, seed: int
 ) -> Distance:
     """Means over the positions of `sequences` rows and over temperatures, as `verify` defines them."""
@@ -198,17 +199,17 @@ def _gaps(
     """Σ over positions of the distance between teacher and cache, and between teacher and teacher [2]."""
     if manifest.signal == "sampled":
         now_nV, then_nV = (_drawn(x, manifest, draw_n) for x in (live_nV, again_nV))
-        apart = [
+        distances = [
             (now_nV - other_nV).abs().sum() / 2 for other_nV in (estimate(target, now_nV.shape[1]), then_nV)
         ]
     else:
         noise_n = (live_nV.exp() * (live_nV - again_nV)).sum(-1).clamp(min=0)
-        apart = [divergence(live_nV, target).sum(), noise_n.sum()]
-    return torch.stack(apart).double()
+        distances = [divergence(live_nV, target).sum(), noise_n.sum()]
+    return torch.stack(distances).double()
 
 
 def divergence(live_nV: torch.Tensor, target: Target) -> torch.Tensor:
-    """KL(teacher ‖ cache) of each position, of the kept ids and the rest as one."""
+    """KL(teacher ‖ cache) of each position, over the kept ids and the rest as one id."""
     kept_nK = live_nV.gather(1, target.ids_NK.long())
     rest_n = (1 - kept_nK.exp().sum(-1)).clamp(min=1e-9)
     gap_nK = kept_nK.exp() * (kept_nK - target.logprobs_NK)
@@ -222,22 +223,22 @@ def _drawn(live_nV: torch.Tensor, manifest: CacheManifest, draw_n: torch.Tensor)
 
 
 def estimate(target: Target, vocabulary: int) -> torch.Tensor:
-    """Probabilities over the vocabulary of what a sample says [n, V]."""
+    """The probabilities over the vocabulary that a sample estimates [n, V]."""
     weights_nK = target.logprobs_NK.exp()
     return torch.zeros(len(weights_nK), vocabulary).scatter_add_(1, target.ids_NK.long(), weights_nK)
 
 
 def _logprobs(forward: Forward, rows: pa.Table, sequences: int, temperature: float) -> Iterator[torch.Tensor]:
-    """log p_T in chunks of ROWS_PER_CHUNK positions, cut alike however many sequences run together."""
-    waiting_nV = torch.empty(0)
+    """log p_T in chunks of ROWS_PER_CHUNK positions. The cuts do not depend on `sequences`."""
+    pending_nV = torch.empty(0)
     for batch in _batches(rows, sequences):
         for logits_nV in forward.logits(tokens(batch)):
-            waiting_nV = torch.cat([waiting_nV, logits_nV]) if len(waiting_nV) else logits_nV
-            while len(waiting_nV) >= ROWS_PER_CHUNK:
-                yield (waiting_nV[:ROWS_PER_CHUNK].float() / temperature).log_softmax(-1).cpu()
-                waiting_nV = waiting_nV[ROWS_PER_CHUNK:]
-    if len(waiting_nV):
-        yield (waiting_nV.float() / temperature).log_softmax(-1).cpu()
+            pending_nV = torch.cat([pending_nV, logits_nV]) if len(pending_nV) else logits_nV
+            while len(pending_nV) >= ROWS_PER_CHUNK:
+                yield (pending_nV[:ROWS_PER_CHUNK].float() / temperature).log_softmax(-1).cpu()
+                pending_nV = pending_nV[ROWS_PER_CHUNK:]
+    if len(pending_nV):
+        yield (pending_nV.float() / temperature).log_softmax(-1).cpu()
 
 
 def _chunks(target: Target) -> Iterator[Target]:
