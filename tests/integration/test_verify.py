@@ -92,8 +92,8 @@ def shortened(rows, signal):
 @pytest.mark.parametrize(
     "change, found",
     [
-        (swapped, "not what its teacher says"),
-        (sharper, "not what its teacher says|probabilities|sums"),
+        (swapped, "not hold the probabilities of its teacher"),
+        (sharper, "not hold the probabilities of its teacher|probabilities|sums"),
         (placeholder, r"00000\.parquet: its input ids"),
         (renamed, r"00000\.parquet: its sample ids"),
         (shortened, r"00000\.parquet"),
@@ -128,7 +128,7 @@ def bare(rows, signal):
 @pytest.mark.parametrize("change", [swapped, lighter, foreign, bare])
 def test_a_wrong_sample_is_found(captured, form, change):
     ref = made(captured, f"{change.__name__}-{form.replace(' ', '-')}", form, change)
-    with pytest.raises(IntegrityError, match=r"not what its teacher says|00000\.parquet"):
+    with pytest.raises(IntegrityError, match=r"not hold the probabilities of its teacher|00000\.parquet"):
         verify(captured, ref)
 
 
