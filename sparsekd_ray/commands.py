@@ -1,6 +1,6 @@
-"""The commands of `sparsekd` and of jobs/: what each takes, checks at once, and hands to the package.
+"""The commands of `sparsekd` and of jobs/: their options, the checks of these, and the calls into the package.
 
-Everything heavy is imported inside the functions, once the arguments are known to be right.
+The functions import heavy packages only after they have checked their options.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Common:
-    """What every command that makes artifacts takes."""
+    """The options of every command that makes artifacts."""
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
     config: str = "laptop"
-    """YAML file of settings that differ from the defaults, or the name of one that `sparsekd configs` lists."""
+    """YAML file of settings that differ from the defaults, or a name that `sparsekd configs` lists."""
     dry_run: FlagCreatePairsOff[bool] = False
     """Print the plan and stop; nothing is made."""
 
@@ -39,9 +39,9 @@ Shared = Annotated[Common, tyro.conf.arg(name="")]
 
 
 def cascade(common: Shared) -> Result:
-    """Run the whole cascade: prune and distill in rounds, judge every student, write the report.
+    """Run the whole cascade: prune and distill in rounds, evaluate every student, write the report.
 
-    The same command again resumes; a finished run does nothing.
+    The same command resumes an interrupted run. A finished run does nothing.
     """
     from sparsekd_ray.cascade import job
 
@@ -56,34 +56,36 @@ def corpus(common: Shared) -> Result:
 
 
 def capture(common: Shared) -> Result:
-    """Make the teacher cache: what the dense model says of every training token."""
+    """Make the teacher cache: the dense model's probabilities at every training token."""
     from sparsekd_ray.cascade import single
 
     return single.run(common.settings, "capture", single.capture(common.settings), common.dry_run)
 
 
 def prune(common: Shared, sparsity: float | None = None, energy: float | None = None) -> Result:
-    """Prune the dense model once by --prune.method, judge the result and export it.
+    """Prune the dense model once by --prune.method, evaluate the result and export it.
 
     Args:
         sparsity: Share of the MLP parameters to remove, between 0 and 1.
-        energy: In place of it, the share of its energy that every matrix keeps (svd and svd-whitened).
+        energy: Instead of a sparsity, the share of its energy that every matrix keeps (svd and svd-whitened).
     """
     from sparsekd_ray.cascade import single
 
     settings = _settings_of_a_cut(common.settings, sparsity, energy)
     if energy is not None and common.dry_run:
-        raise ConfigError("--energy becomes a sparsity only by measuring: give --sparsity for a --dry-run")
+        raise ConfigError(
+            "--energy becomes a sparsity only by a measurement: give --sparsity for a --dry-run"
+        )
     share = sparsity if sparsity is not None else single.sparsity_of_energy(settings, energy or 0.0)
     return single.run(settings, "prune", single.prune(settings, share), common.dry_run)
 
 
 def preview(common: Shared, sparsity: float | None = None, energy: float | None = None) -> Result:
-    """Measure what a pruning needs and print its table, matrix by matrix; no model is made.
+    """Measure the statistics that a pruning reads and print its table, matrix by matrix. No model is made.
 
     Args:
         sparsity: Share of the MLP parameters to remove, between 0 and 1.
-        energy: In place of it, the share of its energy that every matrix keeps (svd and svd-whitened).
+        energy: Instead of a sparsity, the share of its energy that every matrix keeps (svd and svd-whitened).
     """
     from sparsekd_ray.cascade import single
     from sparsekd_ray.cli import table
@@ -105,11 +107,11 @@ def compare(
     """Compare methods of pruning at equal sizes: a table and a drawing, with the speed of every student.
 
     Args:
-        methods: Each is a method and what differs from its plainest form: svd, svd-whitened+optimal+gauge, …;
-            all methods unless given.
-        sparsity: Shares of the MLP parameters to remove; four unless given.
-        draws: Samples of the calibration text, each measured on its own.
-        distill: Judge each student again after the same distillation from the same cache.
+        methods: Names of methods, each followed by the settings that differ from the method's plainest form: svd,
+            svd-whitened+optimal+gauge, …. By default all methods.
+        sparsity: Shares of the MLP parameters to remove. By default four.
+        draws: Number of samples of the calibration text. Every sample is measured on its own.
+        distill: Evaluate each student again after the same distillation from the same cache.
     """
     for share in sparsity:
         _check_share("--sparsity", share)
@@ -133,7 +135,7 @@ def compare(
 
 
 def distill(common: Shared, sparsity: float) -> Result:
-    """Prune the dense model once, teach it back from the cache, judge it before and after, and export it.
+    """Prune the dense model once, distill it from the cache, evaluate it before and after, and export it.
 
     Args:
         sparsity: Share of the MLP parameters to remove, between 0 and 1.
@@ -145,7 +147,7 @@ def distill(common: Shared, sparsity: float) -> Result:
 
 
 def evaluate(common: Shared, model: Positional[str]) -> Result:
-    """Judge a model by the held-out text of the corpus.
+    """Evaluate a model on the held-out text of the corpus.
 
     Args:
         model: A Hugging Face directory (dense, or a low-rank student), a hub id, or the path or URL of a model in the
@@ -160,7 +162,7 @@ def export(common: Shared, artifact: Positional[str]) -> Result:
     """Export a pruned or distilled model of the store to directories that stock tools load.
 
     Args:
-        artifact: Its path or URL: <store>/artifacts/prune/… or <store>/artifacts/distill/….
+        artifact: Path or URL of the model: <store>/artifacts/prune/… or <store>/artifacts/distill/….
     """
     from sparsekd_ray.cascade import single
 
@@ -168,12 +170,12 @@ def export(common: Shared, artifact: Positional[str]) -> Result:
 
 
 def verify(cache: Positional[str], sequences: int = 16, seed: int = 0, scratch: str | None = None) -> Result:
-    """Check every file, row and id of a cache, and ask the teacher again about a seeded sample of sequences.
+    """Check every file, row and id of a cache, and compare a seeded sample of sequences with the teacher.
 
     Args:
         cache: Directory or URL of a finished cache.
-        sequences: How many sequences the teacher is asked about again.
-        seed: Chooses them.
+        sequences: Number of sequences that the teacher computes again.
+        seed: Seed of the choice of these sequences.
         scratch: Local directory for downloads from an S3 store.
     """
     from sparsekd_ray.store import locate
@@ -190,13 +192,13 @@ def show(
     top: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 5,
     scratch: str | None = None,
 ) -> Result:
-    """Print a sequence, and for each position the teacher's likeliest tokens and the mass of all others.
+    """Print a sequence with the teacher's likeliest tokens at each position and the mass of all others.
 
     Args:
         cache: Directory or URL of a finished cache.
-        sample: Its id, such as manual-train-000007.
-        temperature: One of those stored; by default 1, or the one that a sample was drawn at.
-        top: Alternatives per position.
+        sample: Id of the sequence, such as manual-train-000007.
+        temperature: A temperature that the cache holds; by default 1, or that of a sampled cache.
+        top: Number of tokens per position.
         scratch: Local directory for downloads from an S3 store.
     """
     from rich.console import Console
@@ -211,11 +213,11 @@ def show(
 
 
 def stats(cache: Positional[str], plot: Path | None = None, scratch: str | None = None) -> Result:
-    """Print bytes per token by column, and mass and entropy by domain and temperature; draw them.
+    """Print and draw bytes per token by column, and mass and entropy by domain and temperature.
 
     Args:
         cache: Directory or URL of a finished cache.
-        plot: Where the drawing goes; by default <name of the cache>.png in the working directory.
+        plot: Path of the drawing; by default <name of the cache>.png in the working directory.
         scratch: Local directory for downloads from an S3 store.
     """
     from sparsekd_ray.store import locate
@@ -238,7 +240,7 @@ def stats(cache: Positional[str], plot: Path | None = None, scratch: str | None 
 
 
 def configs() -> Result:
-    """List the configurations that come with the package; --config takes their names."""
+    """List the configurations that come with the package. --config takes their names."""
     paths = shipped_configs()
     for name, path in paths.items():
         headline(f"{name:<14} {path.read_text().splitlines()[0].lstrip('# ')}\n{'':<14} {path}")
@@ -260,7 +262,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
 
 
 def _settings_of_a_cut(settings: Config, sparsity: float | None, energy: float | None) -> Config:
-    """The settings of one pruning, once its size is known to be given once and possible."""
+    """The settings of one pruning. Raises ConfigError unless its size is given exactly once and possible."""
     if (sparsity is None) == (energy is None):
         raise ConfigError("a pruning has one size: give either --sparsity S or --energy T")
     if sparsity is not None:
@@ -281,6 +283,6 @@ def _check_share(option: str, value: float) -> None:
 
 
 def _command_line() -> str:
-    """This process's command, as a user would type it again."""
+    """The command of this process, as a user would type it again."""
     script = sys.argv[0] if sys.argv[0].endswith(".py") else None
     return shlex.join(["python", *sys.argv] if script else ["sparsekd", *sys.argv[1:]])

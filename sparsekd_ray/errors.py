@@ -10,7 +10,7 @@ class ConfigError(SparseKDError, ValueError):
 
 
 class CorpusError(SparseKDError):
-    """A text source is empty, unreadable, or too small for what is asked of it."""
+    """A text source is empty, unreadable, or smaller than its share of the corpus."""
 
 
 class ModelError(SparseKDError):
@@ -18,7 +18,7 @@ class ModelError(SparseKDError):
 
 
 class ClusterError(SparseKDError):
-    """Ray cannot be reached or started, or lacks what the run asks for."""
+    """Ray cannot be reached or started, or lacks resources that the run asks for."""
 
 
 class StoreError(SparseKDError):
@@ -26,4 +26,4 @@ class StoreError(SparseKDError):
 
 
 class IntegrityError(SparseKDError):
-    """A stored file, shard or checkpoint is not what its record says."""
+    """A stored file, shard or checkpoint differs from its record."""
