@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# The main job as a cluster would run it: a local Ray head (unless one answers), `ray job submit`, then what was started
-# is stopped. Token authentication stays on: RAY_AUTH_MODE makes head and client use the token of ~/.ray/auth_token.
+# Runs the main job as on a cluster: starts a local Ray head (unless one answers), submits the job, and stops the head that
+# it started. Token authentication stays on: RAY_AUTH_MODE makes head and client use the token of ~/.ray/auth_token.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/${BIN:-.venv/bin}:$PATH"
 export RAY_AUTH_MODE=token
-export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when the job is over, nothing is left to wait half a minute for
-export RAY_num_workers_soft_limit=$(($(nproc) + 2)) # a stage and its pieces keep their processes between steps
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # the head stops at once, since no work is left when the job is over
+export RAY_num_workers_soft_limit=$(($(nproc) + 2)) # a stage and its tasks keep their processes between steps
 export OMP_WAIT_POLICY=passive # waiting threads sleep and leave the cores to other work
 export PYTHONUNBUFFERED=1 # lines appear as they are printed, also when the output is a file
 # a company's proxy does not lead to this machine
 direct=${no_proxy:-${NO_PROXY:-}}
 export no_proxy="${direct:+$direct,}127.0.0.1,localhost"
 export NO_PROXY="$no_proxy"
-# the names of Ray's sockets below this directory may have 107 bytes in all
+# the path of a socket may have 107 bytes, and Ray's sockets lie below this directory
 temporary=${RAY_TMPDIR:-${TMPDIR:-/tmp}}
 [ ${#temporary} -le 39 ] || { echo "error: $temporary is too long for Ray's sockets: set RAY_TMPDIR=/tmp" >&2; exit 2; }
 store=${STORE:-$PWD/store}
 address=${RAY_ADDRESS:-http://127.0.0.1:8265}
 
-# the port first: asking Ray itself costs seconds of imports, on the cores that are to start it
+# the port is asked first: asking Ray costs seconds of imports
 listens() { (: </dev/tcp/127.0.0.1/8265) 2>/dev/null; }
 answers() { { [ "$address" != http://127.0.0.1:8265 ] || listens; } && ray job list --address "$address" >/dev/null 2>&1; }
 # a new head lists jobs some seconds before it takes any
 takes_jobs() { listens && ray job submit --address "$address" -- true >/dev/null 2>&1; }
 
 if ! answers; then
-  # a head asked for authentication starts only where a token is
+  # with authentication, a head starts only if there is a token
   [ -s ~/.ray/auth_token ] || [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || ray get-auth-token --generate >/dev/null
   cpus=$(nproc)
   log=$(mktemp)

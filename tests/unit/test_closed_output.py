@@ -41,7 +41,7 @@ def closed_early(code: str, *arguments: str) -> tuple[int, str]:
     return process.wait(timeout=60), errors
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(["lines"], 141), (["configs"], 0), (["--help"], 0)])
+@pytest.mark.parametrize(("arguments", "status"), [(["lines"], 141), (["configs"], 0), (["--help"], 141)])
 def test_a_reader_that_stops_early_is_no_error(arguments: list[str], status: int) -> None:
     assert closed_early(PRINTS, *arguments) == (status, "")
 
