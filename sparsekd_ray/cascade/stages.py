@@ -118,11 +118,9 @@ def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> 
 
 
 def _evaluate(settings: Evaluate, inputs: dict[str, Path], out: Path, gpu: bool) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
     from sparsekd_ray import corpus
     from sparsekd_ray.evaluate.protocols import HeldOut, evaluate
-    from sparsekd_ray.model import loading
+    from sparsekd_ray.model import loading, tokenizer
 
     _check_tokenizer(inputs["model"], inputs["texts"])
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
@@ -131,22 +129,18 @@ def _evaluate(settings: Evaluate, inputs: dict[str, Path], out: Path, gpu: bool)
         domain: HeldOut(rows, corpus.read_test_text(inputs["texts"], domain))
         for domain, rows in corpus.domain_streams(inputs["texts"], "test").items()
     }
-    tokenizer = AutoTokenizer.from_pretrained(inputs["texts"] / "tokenizer")
-    figures = evaluate(model, tokenizer, texts, settings.protocols)
+    encoder = tokenizer.load(inputs["texts"] / "tokenizer")
+    figures = evaluate(model, encoder, texts, settings.protocols)
     (out / "perplexity.json").write_text(json.dumps(figures, indent=1, sort_keys=True))
     return dict(figures)
 
 
 def _check_tokenizer(model: Path, texts: Path) -> None:
     """ModelError unless the model's tokenizer is the one that the corpus was made with."""
-    from transformers import AutoTokenizer
-
     from sparsekd_ray import corpus
+    from sparsekd_ray.model import tokenizer
 
-    if (
-        corpus.tokenizer_hash(AutoTokenizer.from_pretrained(model))
-        != corpus.read_manifest(texts)["tokenizer_hash"]
-    ):
+    if corpus.tokenizer_hash(tokenizer.load(model)) != corpus.read_manifest(texts)["tokenizer_hash"]:
         raise ModelError(
             f"the tokenizer in {model} is not the one that the text was tokenized with: evaluate the model with the "
             "settings it was made with (--config), or with this model as their dense model"

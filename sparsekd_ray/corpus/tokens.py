@@ -19,7 +19,7 @@ from sparsekd_ray.errors import CorpusError, ModelError
 from sparsekd_ray.model.tokenizer import load
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ TEXT_ENDS = (
     "<eos>",
     "</s>",
 )
+NOT_OF_IDS = frozenset(["version", "truncation", "padding", "decoder"])  # parts of tokenizer.json
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,15 @@ def check_context(directory: Path, seq_len: int) -> None:
         )
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hex digits that two tokenizers share if and only if they map the same strings to the same ids."""
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """16 hex digits of all rules that turn text into ids. Tokenizers that share them give the same ids for every text.
+
+    The rules are the normaliser, the cut into pieces, the model with its merges, the added tokens and those put around
+    a text. Truncation and padding are settings of a call, and the decoder only reads ids.
+    """
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {key: value for key, value in rules.items() if key not in NOT_OF_IDS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _separator(tokenizer: PreTrainedTokenizerFast, setting: str | None) -> int:

@@ -9,6 +9,8 @@
          windows of its context. The spacing of WikiText is undone first (`wikitext.py`) in every domain whose text
          has WikiText's marks. Words are counted in the original text.
 
+Control tokens that stand in the text are read as plain text, as they are in the corpus.
+
 A model whose context is shorter than a protocol's window is judged on windows of its context. The `sentence` of every
 figure says so.
 """
@@ -25,6 +27,7 @@ import numpy as np
 
 from sparsekd_ray.config.base import ProtocolName
 from sparsekd_ray.corpus import Document
+from sparsekd_ray.errors import ModelError
 from sparsekd_ray.evaluate import wikitext
 from sparsekd_ray.evaluate.perplexity import Window, perplexity, window_nll, windows
 
@@ -188,7 +191,7 @@ def _joined_scores(
 ) -> list[Score]:
     # the published tables were measured with the tokenizer's own special tokens
     joined = "\n\n".join(row for document in text.documents for row in document.rows)
-    tokens = tokenizer(joined, verbose=False)["input_ids"]
+    tokens = tokenizer(joined, split_special_tokens=True, verbose=False)["input_ids"]
     return _token_scores(model, windows(np.array(tokens), window, stride))
 
 
@@ -200,16 +203,29 @@ def _token_scores(model: PreTrainedModel, given: Sequence[Window]) -> list[Score
 def _document_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: HeldOut, window: int, _: int
 ) -> list[Score]:
-    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    prefix = _prefix(tokenizer)
     respace = wikitext.without_spacing if _has_wikitext_spacing(text) else str
     given, words = [], []
     for document in text.documents:
-        ids = tokenizer(respace(document.text), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(
+            respace(document.text), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         parts = list(rolling_windows(np.array([prefix, *ids]), window))
         given += parts
         words += [count_words(document.text)] + [0] * (len(parts) - 1)
     nll = window_nll(model, given)
     return [Score(total, w.scored, n) for total, w, n in zip(nll, given, words, strict=True)]
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token before a document: beginning of text, else end of text. ModelError if there is neither."""
+    for prefix in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if prefix is not None:
+            return int(prefix)
+    raise ModelError(
+        "the protocol words reads every document after a beginning-of-text or end-of-text token, and the tokenizer "
+        "has neither: set eos_token in its tokenizer_config.json, or leave words out of evaluate.protocols"
+    )
 
 
 def rolling_windows(tokens: np.ndarray, context: int) -> Iterator[Window]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsekd_ray.config import Evaluate
 from sparsekd_ray.corpus import Document
+from sparsekd_ray.errors import ModelError
 from sparsekd_ray.evaluate import perplexity
 from sparsekd_ray.evaluate.perplexity import window_starts
 from sparsekd_ray.evaluate.protocols import HeldOut, count_words, evaluate, rolling_windows
@@ -137,6 +138,23 @@ def test_words_of_wikitext_are_read_without_its_spacing_and_counted_with_it(mode
     clause = "WikiText's spacing is undone as lm-eval does, and words are counted before: wiki"
     assert found["words"]["sentence"].endswith(clause)
     assert "WikiText" not in found["gptq"]["sentence"]
+
+
+def test_control_tokens_in_the_text_are_plain_text(model: Any) -> None:
+    given = {"prose": HeldOut(np.array([3, 4]), [Document(("w3</s>w4 w5",), "w3</s>w4 w5")])}
+    plain = {"prose": HeldOut(np.array([3, 4]), [Document(("w3?w4 w5",), "w3?w4 w5")])}
+    found, expected = (
+        evaluate(model, word_tokenizer(), texts, ["gptq", "words"]) for texts in (given, plain)
+    )
+    for name in ("gptq", "words"):
+        assert found[name]["ppl"] == pytest.approx(expected[name]["ppl"])
+
+
+def test_words_need_a_token_before_a_document(model: Any) -> None:
+    tokenizer = word_tokenizer(bos=False)
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="has neither: set eos_token"):
+        evaluate(model, tokenizer, texts(), ["paper", "words"])
 
 
 def check(found: Any, losses: dict[str, list[float]]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from sparsekd_ray.corpus import tokenizer_hash
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import tokenizer
 
@@ -82,6 +83,44 @@ def test_saving_again_changes_nothing(tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "one", tmp_path / "two")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_dense_student_and_corpus_share_a_hash(tmp_path: Path) -> None:
+    dense = directory(tmp_path / "dense", "phi3", tokenizer_class="GPT2Tokenizer", truncated=True)
+    tokenizer.save(dense, tmp_path / "student")
+    tokenizer.save(tmp_path / "student", tmp_path / "texts")
+    used = tokenizer.load(tmp_path / "texts")
+    used([f"{END} a"], split_special_tokens=True, truncation=True, max_length=2, padding="max_length")
+    readings = [tokenizer.load(dense), tokenizer.load(tmp_path / "student"), used]
+    assert len({tokenizer_hash(reading) for reading in readings}) == 1
+
+
+@pytest.mark.parametrize("change", ["split", "merges", "normaliser", "around"])
+def test_other_rules_over_one_vocabulary_have_another_hash(change: str, tmp_path: Path) -> None:
+    dense = directory(tmp_path / "dense", None, tokenizer_class="PreTrainedTokenizerFast")
+    other = directory(
+        tmp_path / "other", None, tokenizer_class="PreTrainedTokenizerFast", bos=change == "around"
+    )
+    rules = json.loads((other / "tokenizer.json").read_text())
+    if change == "split":
+        rules["pre_tokenizer"] = {
+            "type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True
+        }  # fmt: skip
+    elif change == "merges":
+        rules["model"]["merges"] = []
+    elif change == "normaliser":
+        rules["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(rules))
+    one, two = tokenizer.load(dense), tokenizer.load(other)
+    assert one.get_vocab() == two.get_vocab()
+    assert tokenizer_hash(one) != tokenizer_hash(two)
+
+
+def test_a_tokenizer_without_rules_to_hash_is_refused(tmp_path: Path) -> None:
+    settings = {"tokenizer_class": "CanineTokenizer"}  # runs in Python only
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"runs in Python only \(CanineTokenizer\)"):
+        tokenizer.load(tmp_path)
 
 
 def test_readers_that_disagree_are_refused(tmp_path: Path) -> None:
