@@ -29,7 +29,7 @@ from sparsekd_ray import corpus
 from sparsekd_ray.config import Execution, Teacher
 from sparsekd_ray.corpus.shards import MANIFEST, write_shards
 from sparsekd_ray.model import loading
-from sparsekd_ray.runtime.logging import headline
+from sparsekd_ray.runtime.logging import headline, is_progress
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher.forward import SEQUENCES, Forward, tokens
 
@@ -135,7 +135,7 @@ def _captured(store: Store, out: Ref) -> tuple[float, float, float]:
     from sparsekd_ray.teacher.capture import capture
 
     moments = [(time.perf_counter(), _cpu_seconds())]
-    with _each_line(lambda: moments.append((time.perf_counter(), _cpu_seconds()))):
+    with _each_shard(lambda: moments.append((time.perf_counter(), _cpu_seconds()))):
         settings, execution = Teacher(codec="compact"), Execution(actors=CORES)
         capture(TEACHER, TEXTS, out, settings=settings, store=store, execution=execution)
     finished, cpu = np.array(moments).T
@@ -150,9 +150,10 @@ def _captured(store: Store, out: Ref) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _each_line(note: Callable[[], None]) -> Iterator[None]:
-    """Calls `note` at every log line of the capture: one per finished shard."""
+def _each_shard(note: Callable[[], None]) -> Iterator[None]:
+    """Calls `note` at every line of progress of the capture: one per finished shard."""
     handler, source = logging.Handler(), logging.getLogger("sparsekd_ray.teacher.capture")
+    handler.addFilter(is_progress)
     handler.emit = lambda record: note()  # type: ignore[method-assign]
     source.addHandler(handler)
     try:

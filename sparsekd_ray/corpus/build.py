@@ -22,7 +22,7 @@ import pyarrow as pa
 from sparsekd_ray.config import Corpus, Source
 from sparsekd_ray.corpus.held_out import LeftOut, SetAside, longest, set_aside, split_documents, test_index
 from sparsekd_ray.corpus.overlap import TestIndex
-from sparsekd_ray.corpus.packing import Packer, fill, progress_logger
+from sparsekd_ray.corpus.packing import Packer, fill
 from sparsekd_ray.corpus.shards import MANIFEST, Manifest, domain_table, write_shards
 from sparsekd_ray.corpus.sources import Tally
 from sparsekd_ray.corpus.splits import SPLITS, quotas
@@ -85,18 +85,14 @@ def _domain(source: Source, quota: dict[str, int], seq_len: int, test: SetAside)
 def _pack(domain: Domain, encoder: Encoder, corpus: Corpus, index: TestIndex, seed: int) -> None:
     """Reads one source until every split has its rows, or the source ends."""
     source, packers = domain.source, domain.packers
-    log_progress, train = progress_logger(source.name, packers), packers["train"]
-    fill(
-        {"test": packers["test"]},
-        (("test", document) for document in domain.test.documents),
-        encoder,
-        log_progress,
-    )
+    train = packers["train"]
+    test = (("test", document) for document in domain.test.documents)
+    fill(source.name, {"test": packers["test"]}, test, encoder)
     train_and_valid = {"train": train, "valid": packers["valid"]}
     stream = split_documents(source, corpus, seed, index, domain.left_out, domain.tally)
-    fill(train_and_valid, stream, encoder, log_progress)
+    fill(source.name, train_and_valid, stream, encoder)
     while source.repeat and train.count and not train.full:
-        fill({"train": train}, split_documents(source, corpus, seed, index), encoder, log_progress)
+        fill(source.name, {"train": train}, split_documents(source, corpus, seed, index), encoder)
     _check(domain)
     _warn(domain)
 

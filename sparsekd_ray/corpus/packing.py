@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 
 from sparsekd_ray.corpus.documents import Document
 from sparsekd_ray.corpus.tokens import Encoder
+from sparsekd_ray.runtime.logging import log_progress
 
 logger = logging.getLogger(__name__)
 
 BATCH = 64  # documents tokenised together
-SECONDS_BETWEEN_LINES = 5.0
 
 Tokens = NDArray[np.int32]
 
@@ -64,10 +63,7 @@ class Packer:
 
 
 def fill(
-    packers: dict[str, Packer],
-    stream: Iterator[tuple[str, Document]],
-    encode: Encoder,
-    log_progress: Callable[[], None],
+    source: str, packers: dict[str, Packer], stream: Iterator[tuple[str, Document]], encode: Encoder
 ) -> None:
     """Tokenises (split, document) into `packers` until all are full or the stream ends."""
     while not all(packer.full for packer in packers.values()):
@@ -77,21 +73,8 @@ def fill(
         wanted = [(packers[s], d.text) for s, d in batch if s in packers and not packers[s].full]
         for (packer, _), ids in zip(wanted, encode([text for _, text in wanted]), strict=True):
             packer.add(ids)
-        log_progress()
-
-
-def progress_logger(name: str, packers: dict[str, Packer]) -> Callable[[], None]:
-    """A function that logs how many rows a source has filled, at most every few seconds."""
-    last = time.monotonic()
-
-    def log_progress() -> None:
-        nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            counts = ", ".join(f"{split} {packer.count}/{packer.quota}" for split, packer in packers.items())
-            logger.info(f"corpus {name}: {counts} sequences")
-
-    return log_progress
+        counts = ", ".join(f"{split} {packer.count}/{packer.quota}" for split, packer in packers.items())
+        log_progress(logger, f"corpus {source}: {counts} sequences")
 
 
 def _passage(ids: Tokens, longest: int) -> Tokens:

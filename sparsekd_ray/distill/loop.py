@@ -27,6 +27,7 @@ from sparsekd_ray.distill.state import Validation
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import head, loading, masks, saving
 from sparsekd_ray.runtime import collectives, metrics
+from sparsekd_ray.runtime.logging import log_progress
 from sparsekd_ray.store import Store
 from sparsekd_ray.store.checkpoints import Checkpoints
 from sparsekd_ray.teacher.manifest import CacheManifest
@@ -171,7 +172,7 @@ def _validate(training: Training, loss: tuple[float, float]) -> dict[str, object
     )
     first = collectives.rank_and_world()[0] == 0
     if first:
-        logger.info(figures.progress_line(training))
+        log_progress(logger, figures.progress_line(training))
     if ppl == min(progress.perplexities):
         progress.best_step = progress.step
         training.best = state.weights(training.model) if first else {}

@@ -30,6 +30,7 @@ from sparsekd_ray.corpus import Document
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.evaluate import wikitext
 from sparsekd_ray.evaluate.perplexity import Window, perplexity, window_nll, windows
+from sparsekd_ray.runtime.logging import log_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,7 +121,7 @@ def _figures(
     scores: dict[str, list[Score]] = {}
     for domain, text in texts.items():
         scores[domain] = protocol.measure(model, tokenizer, text, window, stride)
-        logger.info(f"{domain}: {name} perplexity {_figure(protocol, scores[domain])['ppl']:.2f}")
+        log_progress(logger, f"{domain}: {name} perplexity {_figure(protocol, scores[domain])['ppl']:.2f}")
     return {
         **_figure(protocol, list(chain.from_iterable(scores.values()))),
         "window": window,

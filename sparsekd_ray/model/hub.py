@@ -13,6 +13,7 @@ from pathlib import Path
 from sparsekd_ray.config import Model, Shape
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import loading, origin, spec, tokenizer, weights
+from sparsekd_ray.runtime.logging import log_progress
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def import_model(model: Model, out: Path) -> dict[str, int]:
     _check_tokenizer(out, *spec.sizes(values, "vocab_size"))
     origin.write(stated, out)
     for path in (*_model_files(source), *origin.license_files(source), *_card(source)):
-        logger.info(f"copies {path.name}, {path.stat().st_size / 1e6:,.0f} MB")
+        log_progress(logger, f"copies {path.name}, {path.stat().st_size / 1e6:,.0f} MB")
         shutil.copyfile(path, out / path.name)
     loading.load(out, dtype="auto")
     return {"params": spec.total_parameters(values), "mlp_params": spec.mlp_parameters(values)}

@@ -29,6 +29,7 @@ from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelE
 from sparsekd_ray.model import loading, spec
 from sparsekd_ray.model.mlp import require_finite
 from sparsekd_ray.prune import statistics
+from sparsekd_ray.runtime.logging import log_progress
 from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher.forward import tokens
@@ -88,7 +89,7 @@ def calibrate(
     left = len(todo)
     for index, _ in task_map(measure, [(store, model, texts, out, settings, gpu, part) for part in parts]):
         left -= len(parts[index])
-        logger.info(f"{len(layers) - left}/{len(layers)} layers measured")
+        log_progress(logger, f"{len(layers) - left}/{len(layers)} layers measured")
     if missing := sorted(set(names) - set(store.published(out))):
         raise IntegrityError(f"calibration ended without {len(missing)} files, the first is {missing[0]}")
     (store.workdir(out) / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))

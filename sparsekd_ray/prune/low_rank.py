@@ -27,6 +27,7 @@ from sparsekd_ray.model import loading, low_rank, spec
 from sparsekd_ray.model.cost import aligned_ranks, parameters
 from sparsekd_ray.prune import allocate, gauge, svd
 from sparsekd_ray.prune.task import Student, Task, Tensors, named_errors, tensors_below
+from sparsekd_ray.runtime.logging import log_progress
 from sparsekd_ray.runtime.tasks import TaskMap
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def plan(task: Task, task_map: TaskMap, metric: Metric) -> Plan:
     spectra: dict[str, np.ndarray] = {}
     for index, sigma_k in task_map(spectrum, [(task, name, metric) for name in names]):
         spectra[names[index]] = sigma_k
-        logger.info(f"spectrum {len(spectra)}/{len(names)} {names[index]}")
+        log_progress(logger, f"spectrum {len(spectra)}/{len(names)} {names[index]}")
     for joint, pair in pairs.items():
         for name in pair if _joint_wins(task, shapes, spectra, joint, pair) else (joint,):
             del shapes[name], spectra[name]
@@ -116,7 +117,7 @@ def student(task: Task, task_map: TaskMap, metric: Metric) -> Student:
     state, names = dict(model.state_dict()), list(changed)
     subtasks = [(task, name, rank, metric) for name, rank in changed.items()]
     for done, (index, _) in enumerate(task_map(factors, subtasks), 1):
-        logger.info(f"factors {done}/{len(names)} {names[index]} rank {changed[names[index]]}")
+        log_progress(logger, f"factors {done}/{len(names)} {names[index]} rank {changed[names[index]]}")
     for name, rank in changed.items():
         tensors = task.published(name, {"rank": rank})
         assert tensors is not None, f"{name} has just been made"
@@ -139,7 +140,7 @@ def sparsity_at(task: Task, tau: float, task_map: TaskMap, metric: Metric) -> fl
         name = list(shapes)[index]
         rank = svd.energy_rank(torch.from_numpy(sigma_k), tau)
         left += min(parameters(*shapes[name], rank, *form), parameters(*shapes[name], None))
-        logger.info(f"{name}: rank {rank} holds {tau:.1%} of its energy")
+        log_progress(logger, f"{name}: rank {rank} holds {tau:.1%} of its energy")
     return 1 - left / task.dense_mlp_params
 
 

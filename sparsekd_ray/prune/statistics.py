@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from sparsekd_ray.errors import ModelError
 from sparsekd_ray.model import head
 from sparsekd_ray.model.mlp import layer_count
+from sparsekd_ray.runtime.logging import log_progress
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def collect(model: PreTrainedModel, ids_BL: Tensor, layers: Sequence[int]) -> di
         with _exact_products():
             for done, batch_BL in batches(ids_BL):
                 _forward_backward(model, batch_BL.to(model.device))
-                logger.info(f"layers {layers[0]} to {layers[-1]}: {done}/{len(ids_BL)} sequences")
+                log_progress(logger, f"layers {layers[0]} to {layers[-1]}: {done}/{len(ids_BL)} sequences")
     finally:
         for handle in handles:
             handle.remove()

@@ -17,6 +17,7 @@ from sparsekd_ray.model import spec
 from sparsekd_ray.model.mlp import MLP, layer_count, mlp_weights, view, with_width, without_layers
 from sparsekd_ray.prune import calibrate, depth, masks, neurons, sdm
 from sparsekd_ray.prune.task import Student, Task, Tensors, tensors_below
+from sparsekd_ray.runtime.logging import log_progress
 from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.teacher.forward import tokens
 from sparsekd_ray.teacher.signal import Target
@@ -48,7 +49,7 @@ def narrower(
     layers = spec.layer_count(task.folder())
     subtasks = [(task, layer, width, None if kept is None else list(kept[layer])) for layer in range(layers)]
     for done, _ in enumerate(task_map(narrow, subtasks), 1):
-        logger.info(f"{done}/{layers} layers cut to {width} neurons")
+        log_progress(logger, f"{done}/{layers} layers cut to {width} neurons")
     mlps, loss = [], 0.0
     for _, layer, _, kept_K in subtasks:
         tensors = task.published(_mlp_name(layer), {"width": width, "kept": kept_K})

@@ -1,9 +1,11 @@
 """Log lines from any process of a cluster, printed by the driver.
 
-Every module logs through `logging.getLogger(__name__)`. The console prints three kinds of lines:
+Every module logs through `logging.getLogger(__name__)`. The console prints four kinds of lines:
 
 - headlines (`headline`): the plan, the start and the end of a step, the result. They are always printed.
-- INFO of any other module: progress inside a step. Indented, and at most one line a second is printed.
+- INFO of any other module: a fact that is stated once. Indented, always printed.
+- progress (`log_progress`): how far a step is. Indented, and at most one line every two seconds is printed. The last
+  line before a line of another kind is always printed, so the end of a loop is seen.
 - WARNING and above: always printed, with the level before it.
 
 A process on another machine sends its records through a Ray queue (`forwarding`); the driver prints them (`listening`).
@@ -24,7 +26,7 @@ PACKAGE = logging.getLogger("sparsekd_ray")
 HEADLINES = logging.getLogger("sparsekd_ray.headlines")
 METRICS = logging.getLogger("sparsekd_metrics")
 METRICS.propagate = False
-SECONDS_BETWEEN_PROGRESS_LINES = 1.0
+SECONDS_BETWEEN_PROGRESS_LINES = 2.0
 
 
 def headline(text: str) -> None:
@@ -32,24 +34,50 @@ def headline(text: str) -> None:
     HEADLINES.info(text)
 
 
+def log_progress(logger: logging.Logger, text: str) -> None:
+    """Logs how far a step is. Loops call it as often as they like: the console prints a few of the lines."""
+    logger.info(text, extra={"progress": True}, stacklevel=2)
+
+
+def is_progress(record: logging.LogRecord) -> bool:
+    return getattr(record, "progress", False)
+
+
 class Console(logging.Handler):
     """Prints records on standard output, each line at once, also when the output is a file."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.printed = 0.0
+        self.printed_progress = -SECONDS_BETWEEN_PROGRESS_LINES
+        self.waiting: str | None = None
+        """The newest line of progress, where it came too soon after the one before."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text, now = record.getMessage(), time.monotonic()
+        text = record.getMessage()
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         elif record.name != HEADLINES.name:
-            if now - self.printed < SECONDS_BETWEEN_PROGRESS_LINES:
-                return
             text = f"      {text}"
-        with suppress(BrokenPipeError):  # whoever read the lines has gone; the run goes on
-            print(text, flush=True)
-        self.printed = now
+        if is_progress(record):
+            self._print_or_wait(text)
+            return
+        if self.waiting is not None:
+            _print(self.waiting)
+            self.waiting = None
+        _print(text)
+
+    def _print_or_wait(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self.printed_progress < SECONDS_BETWEEN_PROGRESS_LINES:
+            self.waiting = text
+            return
+        _print(text)
+        self.printed_progress, self.waiting = now, None
+
+
+def _print(line: str) -> None:
+    with suppress(BrokenPipeError):  # whoever read the lines has gone; the run goes on
+        print(line, flush=True)
 
 
 def setup() -> None:

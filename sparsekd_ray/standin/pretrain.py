@@ -19,7 +19,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +45,7 @@ from sparsekd_ray.distill.schedule import learning_rate
 from sparsekd_ray.errors import CorpusError, IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, token_nll, window_nll, windows
 from sparsekd_ray.model import loading, saving, spec
+from sparsekd_ray.runtime.logging import log_progress
 from sparsekd_ray.runtime.metrics import TRAINING, log, log_interval
 from sparsekd_ray.standin.muon import Muon
 
@@ -54,7 +55,6 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 TOKENIZER_CHARACTERS = 2_000_000  # twice as many save half a per cent of the tokens
 WARMUP = 0.05  # share of the steps
 RECENT = 40  # steps behind the reported training loss
-SAY_SECONDS = 5.0
 
 StandinConfig = Phi3Config | Qwen3Config
 StandinModel = Phi3ForCausalLM | Qwen3ForCausalLM
@@ -132,13 +132,12 @@ def pretrain(
     if folder := checkpoints.latest():
         run.restore(folder)
         logger.info(f"stand-in: resumes after step {run.step} of {settings.steps}")
-    tell = _teller(run, rows_RL.shape[1], settings)
     while run.step < settings.steps:
         started = time.monotonic()
         share = learning_rate(run.step, settings.steps, 1.0, WARMUP, floor=0.0)
         run.learn(_batch(rows_RL, run.step, settings.batch, seed), share)
         run.seconds += time.monotonic() - started
-        tell()
+        log_progress(logger, _progress_line(run, rows_RL.shape[1], settings))
         if run.step % log_interval(settings.steps) == 0:
             log("dense", TRAINING, step=run.step, steps=settings.steps, loss=run.losses[-1], lr_share=share)
         if run.step % every == 0 and run.step < settings.steps:
@@ -292,23 +291,13 @@ def _matrices(model: StandinModel, settings: Standin) -> list[dict[str, Any]]:
     ]
 
 
-def _teller(run: _Run, length: int, settings: Standin) -> Callable[[], None]:
-    """Logs the progress of the run, at most every few seconds."""
-    last = time.monotonic()
-
-    def tell() -> None:
-        nonlocal last
-        if time.monotonic() - last < SAY_SECONDS:
-            return
-        last = time.monotonic()
-        speed = run.step * settings.batch * length / run.seconds
-        left = run.seconds / run.step * (settings.steps - run.step)
-        logger.info(
-            f"stand-in: step {run.step}/{settings.steps}  loss {run.losses[-1]:.2f}  {speed:,.0f} tokens/s  "
-            f"{left:.0f} s left"
-        )
-
-    return tell
+def _progress_line(run: _Run, length: int, settings: Standin) -> str:
+    speed = run.step * settings.batch * length / run.seconds
+    left = run.seconds / run.step * (settings.steps - run.step)
+    return (
+        f"stand-in: step {run.step}/{settings.steps}  loss {run.losses[-1]:.2f}  {speed:,.0f} tokens/s  "
+        f"{left:.0f} s left"
+    )
 
 
 def _metrics(run: _Run, rows_RL: np.ndarray, valid_RL: np.ndarray, settings: Standin) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from sparsekd_ray import corpus
 from sparsekd_ray.config import Execution, Teacher
 from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError
 from sparsekd_ray.model import loading, spec
+from sparsekd_ray.runtime.logging import log_progress
 from sparsekd_ray.store import Ref, Store
 from sparsekd_ray.teacher import shards, threshold
 from sparsekd_ray.teacher.codec import LARGEST_ID
@@ -162,7 +163,9 @@ def _fill(todo: dict[int, int], count: int, finished: Iterable[int]) -> None:
     for index in finished:
         left, open_shards = left - todo[index], open_shards - 1
         rate = (wanted - left) / (time.monotonic() - started)
-        logger.info(f"{count - open_shards}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left")
+        log_progress(
+            logger, f"{count - open_shards}/{count} shards  {rate:,.0f} tokens/s  {left / rate:.0f} s left"
+        )
 
 
 def _check_vocabulary(settings: Teacher, vocab_size: int) -> None:

@@ -11,7 +11,16 @@ from lines import recorded
 from ray.exceptions import RayActorError
 
 from sparsekd_ray.runtime import logging as lines
-from sparsekd_ray.runtime.logging import HEADLINES, PACKAGE, Console, Relay, forwarding, headline
+from sparsekd_ray.runtime.logging import (
+    HEADLINES,
+    PACKAGE,
+    Console,
+    Relay,
+    forwarding,
+    headline,
+    is_progress,
+    log_progress,
+)
 
 LOGGER = logging.getLogger("sparsekd_ray.some.module")
 
@@ -28,21 +37,49 @@ def console(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     PACKAGE.setLevel(level)
 
 
-def test_progress_is_indented_and_printed_once_a_second(console, capsys):
-    for seconds in (0.0, 0.4, 0.9, 1.1, 1.5, 2.2):
+def test_progress_is_indented_and_printed_every_two_seconds(console, capsys):
+    for seconds in (0.0, 0.8, 1.8, 2.2, 3.0, 4.4):
         console[0] = 100 + seconds
-        LOGGER.info(f"at {seconds}")
-    assert capsys.readouterr().out == "      at 0.0\n      at 1.1\n      at 2.2\n"
+        log_progress(LOGGER, f"at {seconds}")
+    assert capsys.readouterr().out == "      at 0.0\n      at 2.2\n      at 4.4\n"
 
 
-def test_headlines_and_warnings_are_always_printed(console, capsys):
-    LOGGER.info("progress")
+def test_all_but_progress_is_always_printed(console, capsys):
     headline("  ▶ step")
+    LOGGER.info("merged: none, because of the biases")
+    LOGGER.info("left out 3 rows")
     LOGGER.warning("a setting is idle")
-    LOGGER.info("progress held back")
     headline("  ✓ step")
-    printed = "      progress\n  ▶ step\nwarning: a setting is idle\n  ✓ step\n"
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out.splitlines() == [
+        "  ▶ step",
+        "      merged: none, because of the biases",
+        "      left out 3 rows",
+        "warning: a setting is idle",
+        "  ✓ step",
+    ]
+
+
+def test_the_last_progress_of_a_loop_is_printed(console, capsys):
+    headline("  ▶ step")
+    for done in range(1, 5):
+        log_progress(LOGGER, f"{done}/4 layers")
+    headline("  ✓ step")
+    headline("  ▶ next")
+    assert capsys.readouterr().out.splitlines() == [
+        "  ▶ step",
+        "      1/4 layers",
+        "      4/4 layers",
+        "  ✓ step",
+        "  ▶ next",
+    ]
+
+
+def test_progress_of_another_process_stays_progress():
+    records: queue.Queue = queue.Queue()
+    with forwarding(records):
+        log_progress(LOGGER, "1/2")
+        LOGGER.info("resumes at step 4")
+    assert [is_progress(record) for record in records.queue] == [True, False]
 
 
 def test_debugging_lines_are_not_printed(console, capsys):
