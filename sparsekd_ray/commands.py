@@ -71,11 +71,7 @@ def prune(common: Shared, sparsity: float | None = None, energy: float | None = 
     """
     from sparsekd_ray.cascade import single
 
-    settings = _settings_of_a_cut(common.settings, sparsity, energy)
-    if energy is not None and common.dry_run:
-        raise ConfigError(
-            "--energy becomes a sparsity only by a measurement: give --sparsity for a --dry-run"
-        )
+    settings = _settings_of_a_cut(common, sparsity, energy)
     share = sparsity if sparsity is not None else single.sparsity_of_energy(settings, energy or 0.0)
     return single.run(settings, "prune", single.prune(settings, share), common.dry_run)
 
@@ -90,7 +86,7 @@ def preview(common: Shared, sparsity: float | None = None, energy: float | None 
     from sparsekd_ray.cascade import single
     from sparsekd_ray.cli import table
 
-    settings = _settings_of_a_cut(common.settings, sparsity, energy)
+    settings = _settings_of_a_cut(common, sparsity, energy)
     share = sparsity if sparsity is not None else single.sparsity_of_energy(settings, energy or 0.0)
     result = single.preview(settings, share, common.dry_run)
     table(result.get("rows", []))
@@ -261,8 +257,9 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
 }
 
 
-def _settings_of_a_cut(settings: Config, sparsity: float | None, energy: float | None) -> Config:
+def _settings_of_a_cut(common: Common, sparsity: float | None, energy: float | None) -> Config:
     """The settings of one pruning. Raises ConfigError unless its size is given exactly once and possible."""
+    settings = common.settings
     if (sparsity is None) == (energy is None):
         raise ConfigError("a pruning has one size: give either --sparsity S or --energy T")
     if sparsity is not None:
@@ -272,6 +269,10 @@ def _settings_of_a_cut(settings: Config, sparsity: float | None, energy: float |
     if METHODS[settings.prune.method].energy is None:
         raise ConfigError(
             f"--energy is a share of singular values, and {settings.prune.method} has none: give --sparsity S"
+        )
+    if common.dry_run:
+        raise ConfigError(
+            "--energy becomes a sparsity only by a measurement: give --sparsity for a --dry-run"
         )
     by_energy = settings.prune.model_copy(update={"allocation": "energy"})
     return settings.model_copy(update={"prune": by_energy})

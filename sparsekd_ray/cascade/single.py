@@ -6,13 +6,14 @@ it, and checks what can be checked before work. `run` makes what is missing of s
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparsekd_ray import corpus as texts
-from sparsekd_ray.cascade import console, feasibility, job, steps
+from sparsekd_ray.cascade import console, feasibility, fingerprint, job, steps
 from sparsekd_ray.cascade.steps import PlanBuilder, Step
 from sparsekd_ray.config import Config, Model
 from sparsekd_ray.errors import ConfigError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Records = dict[str, Record]
 Plan = list[Step]
+ANY_SPARSITY = 1e-6  # of a pruning that is planned for the sake of what it reads; every method reaches it
 
 
 def corpus(config: Config) -> Plan:
@@ -142,8 +144,13 @@ def preview(config: Config, sparsity: float, dry_run: bool) -> dict[str, Any]:
     from sparsekd_ray.prune import preview as tables
     from sparsekd_ray.runtime.cluster import connected
 
-    task = _task(step, plan, job.open_store(config), config.execution.gpus)
-    with connected(config.execution), listening() as log_queue:
+    store = job.open_store(config)
+    task = _task(step, plan, store, config.execution.gpus)
+    with (
+        store.lease(step.ref.key, f"run {config.name}-preview"),  # the pruning goes on with the spectra
+        connected(config.execution),
+        listening() as log_queue,
+    ):
         rows = tables.table(task, map_on_ray(config.execution, log_queue))
     return {"rows": [row._asdict() for row in (*rows, tables.total(rows))]}
 
@@ -151,26 +158,52 @@ def preview(config: Config, sparsity: float, dry_run: bool) -> dict[str, Any]:
 def sparsity_of_energy(config: Config, tau: float) -> float:
     """The sparsity at which one energy threshold of `tau` prunes the dense model: the budget that it stands for.
 
-    ConfigError where that is none, since the spectra of language models are flat.
+    It is measured once and kept as an artifact. ConfigError where there is none, since the spectra of language models
+    are flat.
     """
-    plan = prune(config, 0.5)  # any size: only what comes before the cut is made
-    step = next(step for step in plan if step.name == "pruned")
+    plan, store = _pruned(config, ANY_SPARSITY).steps, job.open_store(config)
+    step = _energy_step(next(step for step in plan if step.name == "pruned"), plan, tau)
     run(config, "preview", _needed(plan, step.inputs.values()), dry_run=False)
-    from sparsekd_ray.runtime.cluster import connected
-
-    task = _task(step, plan, job.open_store(config), config.execution.gpus)
-    measured = task.statistics.fingerprint if task.statistics else "plain"
-    spectra = Ref("prune", f"spectra-{task.settings.method}-{task.model.fingerprint}", measured)
-    energy = METHODS[task.settings.method].energy
-    assert energy is not None, "whoever asks for an energy has checked that the method has one"
-    with connected(config.execution), listening() as log_queue:
-        sparsity = energy(replace(task, out=spectra), tau, map_on_ray(config.execution, log_queue))
+    with store.lease(step.ref.key, f"run {config.name}-preview"):
+        record = store.record(step.ref) or _measure_energy(config, step, plan, store, tau)
+    sparsity = float(record.metrics["sparsity"])
     headline(f"energy {tau:g} stands for a sparsity of {sparsity:.4f}")
     if sparsity <= 0:
         raise ConfigError(
             f"with {tau:.1%} of their energy the matrices of this model are no smaller: lower --energy"
         )
     return sparsity
+
+
+def _energy_step(pruning: Step, plan: Plan, tau: float) -> Step:
+    """A step identified by all that identifies `pruning`, with an energy in place of its sparsity."""
+    fingerprints = {step.name: step.ref.fingerprint for step in plan}
+    inputs = {role: fingerprints[name] for role, name in pruning.inputs.items()}
+    identity = {key: value for key, value in pruning.identity.items() if key != "sparsity"} | {"energy": tau}
+    digest = fingerprint.of_step("prune", identity, inputs)
+    ref = Ref("energy", f"{identity['method']}-{tau:g}", digest)
+    return replace(pruning, name="energy", kind="energy", ref=ref, identity=identity)
+
+
+def _measure_energy(config: Config, step: Step, plan: Plan, store: Store, tau: float) -> Record:
+    """Measures the spectra and commits the sparsity. The spectra are checkpoints, which the commit deletes."""
+    from sparsekd_ray.runtime.cluster import connected
+
+    started, task = time.monotonic(), _task(step, plan, store, config.execution.gpus)
+    energy = METHODS[task.settings.method].energy
+    assert energy is not None, "whoever asks for an energy has checked that the method has one"
+    with connected(config.execution), listening() as log_queue:
+        sparsity = energy(task, tau, map_on_ray(config.execution, log_queue))
+    with store.building(step.ref) as out:
+        (out / "energy.json").write_text(json.dumps({"energy": tau, "sparsity": sparsity}))
+    refs = {planned.name: planned.ref for planned in plan}
+    return store.commit(
+        step.ref,
+        identity=step.identity,
+        inputs={role: refs[name].key for role, name in step.inputs.items()},
+        metrics={"sparsity": sparsity},
+        seconds=time.monotonic() - started,
+    )
 
 
 def _dense(config: Config) -> PlanBuilder:

@@ -1,14 +1,22 @@
 """A stage by itself plans the artifacts of a cascade with the same settings, and checks a given model before work."""
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cascades import TINY
 
-from sparsekd_ray.cascade import job, single
+from sparsekd_ray import commands
+from sparsekd_ray.cascade import fingerprint, job, single
 from sparsekd_ray.config import Config, parse
 from sparsekd_ray.errors import ConfigError, ModelError
+from sparsekd_ray.prune.methods import METHODS
+from sparsekd_ray.prune.task import Task
+from sparsekd_ray.runtime import cluster
+from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store
 
 
@@ -29,7 +37,9 @@ def finish(store: Store, steps: list, *names: str) -> None:
             with store.building(step.ref) as out:
                 (out / "config.json").write_text(json.dumps({}))
             parents = {role: refs[name].key for role, name in step.inputs.items()}
-            store.commit(step.ref, identity=step.identity, inputs=parents, metrics={}, seconds=0)
+            store.commit(
+                step.ref, identity=step.identity, inputs=parents, metrics={"mlp_params": 9}, seconds=0
+            )
 
 
 def test_what_a_stage_makes_is_what_a_cascade_makes(config: Config) -> None:
@@ -83,3 +93,46 @@ def test_what_is_no_finished_model_is_refused(config: Config, tmp_path: Path) ->
         single.evaluate(config, f"{tmp_path}/other/artifacts/distill/a-0123456789ab")
     with pytest.raises(ModelError, match="is no directory"):
         single.evaluate(config, f"{tmp_path}/nothing")
+
+
+def test_the_sparsity_of_an_energy_is_measured_once_for_all_that_bears_on_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, asked = job.open_store(config), list[Ref]()
+
+    def energy(task: Task, tau: float, task_map: TaskMap) -> float:
+        asked.append(task.out)
+        assert store.read_bytes(f"{task.out.key}.lease"), "no second process measures the same"
+        task.publish("a.spectrum", {}, {})
+        return 0.25
+
+    def make(config: Config, stage: str, plan: list, dry_run: bool) -> None:
+        missing = [step.name for step in plan if store.record(step.ref) is None]
+        finish(store, plan, *missing)
+
+    def measure(tau: float = 0.9, **settings: object) -> float:
+        chosen = config.prune.model_copy(update={"method": "svd-whitened"} | settings)
+        return single.sparsity_of_energy(config.model_copy(update={"prune": chosen}), tau)
+
+    monkeypatch.setitem(METHODS, "svd-whitened", replace(METHODS["svd-whitened"], energy=energy))
+    monkeypatch.setattr(single, "run", make)
+    monkeypatch.setattr(single, "listening", nullcontext)
+    monkeypatch.setattr(cluster, "connected", lambda execution: nullcontext())
+    assert [measure(), measure(), len(asked)] == [0.25, 0.25, 1]
+    assert store.record(asked[0]) is not None and store.published(asked[0]) == [], (
+        "nothing unfinished is left"
+    )
+    measure(bias=True)
+    measure(tau=0.8)
+    monkeypatch.setitem(fingerprint.VERSIONS, "prune", 1 + fingerprint.VERSIONS["prune"])
+    measure()
+    assert len({ref.fingerprint for ref in asked}) == 4
+
+
+@pytest.mark.parametrize("command", [commands.prune, commands.preview])
+def test_an_energy_has_no_dry_run(
+    command: Callable[..., object], config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single, "sparsity_of_energy", lambda *_: pytest.fail("a dry run makes nothing"))
+    with pytest.raises(ConfigError, match="give --sparsity for a --dry-run"):
+        command(commands.Common(config, dry_run=True), energy=0.9)
