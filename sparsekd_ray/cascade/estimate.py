@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sparsekd_ray.config import Config, Shape
+from sparsekd_ray.model.cost import ROWS_PER_CHUNK
 from sparsekd_ray.model.hub import config_of
 from sparsekd_ray.model.spec import mlp_parameters
 
 GB = 1e9
-LOSS_ROWS = 512  # rows of logits alive in the loss, see distill/loss.py
 BUCKETS = 2 * 2 * 5 * 10**8  # DeepSpeed's default all-gather and reduce buckets, bf16
 
 
@@ -55,7 +55,9 @@ def training_gb(config: Config, shape: Shape, sparsity: float = 0.0) -> float:
     gradients = 2 * trained / (workers if config.execution.zero_stage == 2 else 1)
     optimizer = 0 if config.execution.offload else 12 * trained / workers
     # logits and their gradient in fp32, three copies at the loss's peak, and the head's gradient if it is trained
-    loss = 3 * 4 * LOSS_ROWS * shape.vocab + (4 * counts.embedding if config.distill.train_embeddings else 0)
+    loss = 3 * 4 * ROWS_PER_CHUNK * shape.vocab + (
+        4 * counts.embedding if config.distill.train_embeddings else 0
+    )
     return (2 * total + gradients + optimizer + loss + BUCKETS + activation_bytes(config, shape)) / GB
 
 
@@ -70,4 +72,4 @@ def activation_bytes(config: Config, shape: Shape) -> int:
 
 def capture_gb(shape: Shape) -> float:
     """GB per teacher actor: bf16 weights and a chunk of logits."""
-    return (2 * parameters(shape).total + 2 * 4 * LOSS_ROWS * shape.vocab) / GB
+    return (2 * parameters(shape).total + 2 * 4 * ROWS_PER_CHUNK * shape.vocab) / GB

@@ -62,7 +62,8 @@ def _memory_gb(device: torch.device) -> float:
 
 def progress_line(training: Training) -> str:
     progress, validation = training.progress, training.progress.history[-1]
-    rate = validation["tokens"] / (time.monotonic() - training.started)
+    trained = validation["tokens"] - training.first_step * training.positions
+    rate = trained / (time.monotonic() - training.started)
     kl, ce = validation["loss"]
     return (
         f"{training.job.title}: step {progress.step}/{training.steps}  KL {kl:.3f}  CE {ce:.3f}  "

@@ -55,7 +55,10 @@ class Training:
     progress: Progress
     best: dict[str, Tensor]
     """The weights of the best validation so far; on worker 0 alone."""
+    first_step: int
+    """The step at which this attempt began: 0, or that of the checkpoint."""
     started: float
+    """When this attempt began, in seconds of `time.monotonic`."""
 
     @property
     def positions(self) -> int:

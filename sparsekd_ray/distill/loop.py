@@ -80,6 +80,7 @@ def _begin(job: Job, store: Store, execution: Execution, checkpoints: Checkpoint
         sizes=sizes,
         progress=progress,
         best=best,
+        first_step=progress.step,
         started=started,
     )
 

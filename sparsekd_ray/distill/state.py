@@ -70,7 +70,10 @@ def save(engine: Engine, checkpoints: Checkpoints, progress: Progress, best: dic
 
 
 def resume(title: str, engine: Engine, checkpoints: Checkpoints) -> tuple[Progress, dict[str, Tensor]]:
-    """Loads the newest complete checkpoint into the engine; a fresh start where there is none to go on from."""
+    """Loads the newest complete checkpoint into the engine; a fresh start where there is none to go on from.
+
+    Returns the progress and, on worker 0 alone, the best weights so far.
+    """
     rank, world = collectives.rank_and_world()
     newest = collectives.broadcast(checkpoints.newest())
     if newest is None:
@@ -79,7 +82,7 @@ def resume(title: str, engine: Engine, checkpoints: Checkpoints) -> tuple[Progre
     if progress.world != world:
         collectives.barrier()  # until every worker has read the old progress
         if rank == 0:
-            logger.info(
+            logger.warning(
                 f"{title}: checkpoint of {progress.world} workers, now {world}: starting this step again"
             )
         return _start_over(checkpoints)
@@ -91,7 +94,7 @@ def resume(title: str, engine: Engine, checkpoints: Checkpoints) -> tuple[Progre
         )
     if rank == 0:
         logger.info(f"{title}: resumes at step {progress.step}")
-    return progress, load_file(folder / BEST)
+    return progress, load_file(folder / BEST) if rank == 0 else {}
 
 
 def _start_over(checkpoints: Checkpoints) -> tuple[Progress, dict[str, Tensor]]:

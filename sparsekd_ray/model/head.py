@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsekd_ray.model import cost
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS_PER_CHUNK = 512
-"""Rows of logits in memory at once: enough for a fast product, 400 MB in fp32 at V = 200,064. One size for all callers,
-since the last bits of a product depend on it."""
+ROWS_PER_CHUNK = cost.ROWS_PER_CHUNK
 
 
 def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: B sequences, L tokens, N positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ from sparsekd_ray.model import head
 from sparsekd_ray.model.head import ROWS_PER_CHUNK
 from sparsekd_ray.teacher.manifest import CacheManifest
 from sparsekd_ray.teacher.signal import NOTHING, Sampled, TopK, padded, sampled, topk
+
+logger = logging.getLogger(__name__)
 
 SEQUENCES = {"cpu": 16, "cuda": 64}
 """The first batch size. It is fixed for a kind of device, because the last bits of a result depend on it."""
@@ -88,6 +91,10 @@ class Forward:
                 f"{self.model.device}: use cards with more memory, or shorten corpus.seq_len ({failure})"
             )
         self.sequences //= 2
+        logger.warning(
+            f"{self.model.device} is out of memory: the teacher reads at most {self.sequences} sequences at a time "
+            "from now on. The results are the same but for their last bits"
+        )
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 

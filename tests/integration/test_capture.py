@@ -22,6 +22,7 @@ import pytest
 import torch
 import two_nodes
 from capturing import CACHE, LENGTH, SAMPLED, SHARD_ROWS, SHARDS, TEACHER, TEXTS, VOCAB, unequal_rows
+from lines import recorded
 from manifests import cache_manifest
 from safetensors.torch import load_file, save_file
 
@@ -339,7 +340,11 @@ def test_a_card_that_is_too_small_takes_fewer_sequences(captured, monkeypatch):
 
     monkeypatch.setattr(model.base_model, "forward", small)
     halved = Forward(model)
-    found = halved.signal(shard_rows(20), MANIFEST)
+    with recorded() as lines:
+        found = halved.signal(shard_rows(20), MANIFEST)
+    assert len(lines) == 3 and lines[-1].startswith(
+        "warning: cpu is out of memory: the teacher reads at most 2"
+    )
     assert (whole.sequences, halved.sequences) == (forward.SEQUENCES["cpu"], 2)
     assert torch.equal(found.ids_NK, expected.ids_NK)
     torch.testing.assert_close(found.logprobs_NK, expected.logprobs_NK)
