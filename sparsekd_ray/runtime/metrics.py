@@ -27,6 +27,7 @@ TRAINING = "training"
 
 Row = Mapping[str, object]
 Tracker = Callable[[Row], None]
+"""Takes a row at once and raises nothing (`runtime.trackers.following`)."""
 
 
 def log(stage: str, kind: str, **values: object) -> None:
@@ -89,13 +90,8 @@ class _Recorder(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         row: Row = record.__dict__["row"]
-        if not self.file.add(row) or self.tracker is None:
-            return
-        try:
+        if self.file.add(row) and self.tracker is not None:
             self.tracker(row)
-        except Exception as error:  # whatever a tracker's client raises; the run goes on without it
-            self.tracker = None
-            logger.warning(f"the tracker failed and gets no more figures of this run: {error}")
 
 
 @contextmanager

@@ -2,21 +2,32 @@
 
 TensorBoard's files need no package more. The others are installed by whoever wants them, on the machine of the driver
 alone; addresses and keys come from their own environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI, …).
+
+A tracker is opened before any work starts. From then on it is called from a thread of its own (`following`): a run
+never waits for its tracker and never ends because of it. `Opened.log` and `Opened.close` are called on that thread, so
+they use no state that a client keeps per thread.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+import queue
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from sparsekd_ray.config.base import TrackerName
 from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.runtime.metrics import Row, Tracker
 
+logger = logging.getLogger(__name__)
+
 PROJECT = "sparsekd-ray"
+WAITING_ROWS = 1000  # that a slow tracker may be behind
+SECONDS_TO_END = 30.0  # that a tracker may take for its last rows
 
 Log = Callable[[dict[str, float], int], None]
 """Takes figures by name, and the step that they belong to."""
@@ -31,7 +42,7 @@ def trackio(run: str, folder: str) -> Opened:
     import trackio
 
     opened = trackio.init(project=PROJECT, name=run, resume="allow", embed=False)
-    return Opened(lambda figures, step: opened.log(figures, step=step), trackio.finish)
+    return Opened(lambda figures, step: opened.log(figures, step=step), opened.finish)
 
 
 def tensorboard(run: str, folder: str) -> Opened:
@@ -49,9 +60,12 @@ def tensorboard(run: str, folder: str) -> Opened:
 def mlflow(run: str, folder: str) -> Opened:
     import mlflow
 
-    mlflow.set_experiment(PROJECT)
-    mlflow.start_run(run_name=run)
-    return Opened(lambda figures, step: mlflow.log_metrics(figures, step=step), mlflow.end_run)
+    client, experiment = mlflow.MlflowClient(), mlflow.set_experiment(PROJECT)
+    run_id = client.create_run(experiment.experiment_id, run_name=run).info.run_id
+    return Opened(
+        lambda figures, step: mlflow.log_metrics(figures, step=step, run_id=run_id),
+        lambda: client.set_terminated(run_id),
+    )
 
 
 def wandb(run: str, folder: str) -> Opened:
@@ -104,10 +118,57 @@ def tracking(name: TrackerName | None, run: str, folder: str) -> Iterator[Tracke
         raise ConfigError(
             f"execution.tracker {name} cannot be opened: {error}. Check its address and key, or leave it out"
         ) from error
+    with following(opened) as tracker:
+        yield tracker
+
+
+@contextmanager
+def following(opened: Opened) -> Iterator[Tracker]:
+    """Hands rows to a tracker from a thread of its own. Whatever the tracker does, this does not raise or wait long."""
+    rows: queue.Queue[Row | None] = queue.Queue(WAITING_ROWS)
+    thread = threading.Thread(target=_follow, args=(opened, rows), name="tracker", daemon=True)
+    stalled = False
+
+    def put(row: Row) -> None:
+        nonlocal stalled
+        try:
+            rows.put_nowait(row)
+        except queue.Full:
+            if not stalled:
+                logger.warning(
+                    f"the tracker is {WAITING_ROWS} rows behind: it misses rows of this run; metrics.jsonl has all"
+                )
+            stalled = True
+
+    thread.start()
     try:
-        yield lambda row: _log(opened.log, row)
+        yield put
     finally:
+        with suppress(queue.Full):
+            rows.put(None, timeout=SECONDS_TO_END)
+        thread.join(SECONDS_TO_END)
+        if thread.is_alive():
+            logger.warning(
+                f"the tracker did not end within {SECONDS_TO_END:.0f} s: it may miss the last rows; metrics.jsonl "
+                "has all"
+            )
+
+
+def _follow(opened: Opened, rows: queue.Queue[Row | None]) -> None:
+    """Logs rows until None comes, then closes the tracker. After the first failure rows are only taken out."""
+    failed = False
+    while (row := rows.get()) is not None:
+        if failed:
+            continue
+        try:
+            _log(opened.log, row)
+        except Exception as error:  # whatever a tracker's client raises
+            failed = True
+            logger.warning(f"the tracker failed and gets no more figures of this run: {error}")
+    try:
         opened.close()
+    except Exception as error:
+        logger.warning(f"the tracker could not be closed, its last figures may be missing: {error}")
 
 
 def _log(log: Log, row: Row) -> None:

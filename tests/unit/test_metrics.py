@@ -7,6 +7,7 @@ import pickle
 import queue
 import struct
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -171,6 +172,7 @@ def test_other_trackers_are_called_as_they_document(
     name: Any, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = Fake(name)
+    fake.experiment_id, fake.info = "7", types.SimpleNamespace(run_id="r1")
     monkeypatch.setitem(sys.modules, name, fake)
     with trackers.tracking(name, "tiny", store.root) as tracker, metrics.recording(store, KEY, tracker):
         train("dense+kd", range(2))
@@ -182,11 +184,12 @@ def test_other_trackers_are_called_as_they_document(
             ("finish", {}),
         ],
         "mlflow": [
+            ("MlflowClient", {}),
             ("set_experiment", "sparsekd-ray", {}),
-            ("start_run", {"run_name": "tiny"}),
-            ("log_metrics", {"dense_kd/kl": 1.0}, {"step": 0}),
-            ("log_metrics", {"dense_kd/kl": 0.5}, {"step": 1}),
-            ("end_run", {}),
+            ("create_run", "7", {"run_name": "tiny"}),
+            ("log_metrics", {"dense_kd/kl": 1.0}, {"step": 0, "run_id": "r1"}),
+            ("log_metrics", {"dense_kd/kl": 0.5}, {"step": 1, "run_id": "r1"}),
+            ("set_terminated", "r1", {}),
         ],
         "wandb": [
             ("init", {"project": "sparsekd-ray", "name": "tiny", "id": "tiny", "resume": "allow"}),
@@ -224,13 +227,39 @@ def test_a_tracker_that_cannot_be_opened_is_our_error(store: Store, monkeypatch:
 
 
 def test_a_tracker_that_fails_leaves_the_run_alone(store: Store) -> None:
-    calls: list[metrics.Row] = []
+    calls: list[dict[str, float]] = []
 
-    def broken(row: metrics.Row) -> None:
-        calls.append(row)
+    def broken(figures: dict[str, float], step: int) -> None:
+        calls.append(figures)
         raise RuntimeError("connection reset")
 
-    with recorded() as lines, metrics.recording(store, KEY, broken):
+    def closed() -> None:
+        raise RuntimeError("no route to host")
+
+    opened = trackers.Opened(broken, closed)
+    with recorded() as lines, trackers.following(opened) as tracker, metrics.recording(store, KEY, tracker):
         train("round 1", range(3))
     assert len(calls) == 1 and len(rows(store)) == 3
-    assert lines == ["warning: the tracker failed and gets no more figures of this run: connection reset"]
+    assert lines == [
+        "warning: the tracker failed and gets no more figures of this run: connection reset",
+        "warning: the tracker could not be closed, its last figures may be missing: no route to host",
+    ]
+
+
+def test_a_tracker_that_stalls_does_not_hold_the_run_up(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "WAITING_ROWS", 2)
+    monkeypatch.setattr(trackers, "SECONDS_TO_END", 0.1)
+    answered, started = threading.Event(), time.monotonic()
+    opened = trackers.Opened(lambda figures, step: answered.wait() and None, lambda: None)
+    with recorded() as lines:
+        with trackers.following(opened) as tracker, metrics.recording(store, KEY, tracker):
+            train("round 1", range(8))
+        answered.set()
+    assert time.monotonic() - started < 5
+    assert len(rows(store)) == 8
+    assert [line.split(":")[1] for line in lines] == [
+        " the tracker is 2 rows behind",
+        " the tracker did not end within 0 s",
+    ]
