@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparsekd_ray import corpus as texts
-from sparsekd_ray.cascade import console, feasibility, fingerprint, job, steps
+from sparsekd_ray.cascade import console, feasibility, fingerprint, job, stages, steps
 from sparsekd_ray.cascade.steps import PlanBuilder, Step
 from sparsekd_ray.config import Config, Model
 from sparsekd_ray.errors import ConfigError
@@ -58,14 +58,15 @@ def distill(config: Config, sparsity: float) -> Plan:
 
 
 def evaluate(config: Config, model: str) -> Plan:
-    """A model of the store, or any directory or hub id, judged by the corpus's test text."""
+    """A model of the store or an exported form of it, or any directory or hub id, judged by the corpus's test text."""
     builder = _dense(config)
-    if "/artifacts/" in model and not model.rstrip("/").endswith(("/low-rank", "/stock")):
+    exported = stages.exported_model(model, config.execution.scratch)
+    if exported is None and "/artifacts/" in model:
         _add_stored(builder, "model", model, ("dense", "prune", "distill"))
     else:
         source = Model(path=model)
-        identity = hub.identify(source)
-        builder.add("model", "dense", model.rstrip("/").split("/")[-1][:48], identity, {}, source)
+        identity = hub.identify(source if exported is None else Model(path=str(exported)))
+        builder.add("model", "dense", hub.label(source), identity, {}, source)
     steps.evaluate(builder, "model")
     return _with_inputs(builder, "evaluate model")
 
@@ -267,7 +268,5 @@ def _parent(store: Store, record: Record, role: str) -> Record:
 
 
 def _task(step: Step, plan: Plan, store: Store, gpu: bool) -> Task:
-    from sparsekd_ray.cascade import stages
-
     refs: dict[str, Ref] = {s.name: s.ref for s in plan}
     return stages.prune_task(step, {role: refs[name] for role, name in step.inputs.items()}, store, gpu)

@@ -7,16 +7,17 @@ are spread over actors and workers by the driver.
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekd_ray.cascade.steps import ExportSettings, PruneSettings, Step, TokenizerSettings
 from sparsekd_ray.config import Calibrate, Corpus, Evaluate, Execution, Model, Standin
-from sparsekd_ray.errors import ModelError
+from sparsekd_ray.errors import ConfigError, ModelError
 from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.runtime.tasks import TaskMap
-from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store import Ref, Store, locate
 from sparsekd_ray.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def _made(step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: boo
         case Model() as settings:
             from sparsekd_ray.model import hub
 
-            return hub.import_model(settings, out)
+            folder = exported_model(str(settings.path), store.scratch)
+            local = settings if folder is None else settings.model_copy(update={"path": str(folder)})
+            return hub.import_model(local, out)
         case Evaluate() as settings:
             return _evaluate(settings, inputs, out, gpu)
         case ExportSettings() as settings:
@@ -115,6 +118,25 @@ def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> 
         cache=parents.get("cache"),
         gpu=gpu,
     )
+
+
+def exported_model(path: str, scratch: str | None) -> Path | None:
+    """The directory on this machine of `<store>/artifacts/export/<ref>/<form>`, fetched; None for any other path.
+
+    ConfigError if the export is not finished or has no such form.
+    """
+    match = re.fullmatch(r"((?:.*/)?artifacts/export/[^/]+)/(low-rank|merged|stock)/?", path)
+    if match is None:
+        return None
+    store, ref = locate(match[1], scratch)
+    record, form = store.record(ref), match[2]
+    if record is None:
+        raise ConfigError(f"{match[1]} is no finished export: it has no record.json")
+    files = [name for name in record.files if name.startswith(f"{form}/")]
+    if not files:
+        forms = sorted({name.split("/")[0] for name in record.files})
+        raise ConfigError(f"{match[1]} has no form {form}: it has {' and '.join(forms)}")
+    return store.fetch(ref, files) / form
 
 
 def _evaluate(settings: Evaluate, inputs: dict[str, Path], out: Path, gpu: bool) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class PlanBuilder:
         )
         first_names = {role: parent.name for role, parent in parents.items()}
         step = Step(name, kind, Ref(kind, label, digest), identity, first_names, settings, seed)
-        known = next((s for s in self.steps if s.ref == step.ref), None)
+        known = next((s for s in self.steps if (s.kind, s.ref.fingerprint) == (kind, digest)), None)
         self.names[name] = known or step
         if known is None:
             self.steps.append(step)

@@ -1,6 +1,7 @@
 """A stage by itself plans the artifacts of a cascade with the same settings, and checks a given model before work."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,16 +9,18 @@ from pathlib import Path
 
 import pytest
 from cascades import TINY
+from models import dense_directory
 
 from sparsekd_ray import commands
-from sparsekd_ray.cascade import fingerprint, job, single
-from sparsekd_ray.config import Config, parse
+from sparsekd_ray.cascade import fingerprint, job, single, stages
+from sparsekd_ray.config import Config, Model, parse
 from sparsekd_ray.errors import ConfigError, ModelError
+from sparsekd_ray.model import hub
 from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.prune.task import Task
 from sparsekd_ray.runtime import cluster
 from sparsekd_ray.runtime.tasks import TaskMap
-from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store import Ref, Store, locate
 
 
 @pytest.fixture
@@ -136,3 +139,50 @@ def test_an_energy_has_no_dry_run(
     monkeypatch.setattr(single, "sparsity_of_energy", lambda *_: pytest.fail("a dry run makes nothing"))
     with pytest.raises(ConfigError, match="give --sparsity for a --dry-run"):
         command(commands.Common(config, dry_run=True), energy=0.9)
+
+
+@pytest.fixture
+def models_config(config: Config, tmp_path: Path) -> Config:
+    """Settings whose dense model is a directory."""
+    folder = dense_directory(tmp_path / "a model", "qwen3", True)
+    return config.model_copy(update={"model": Model(path=str(folder))})
+
+
+@pytest.mark.parametrize("form", ["merged", "low-rank", "stock"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_export_is_judged_from_its_store(
+    form: str, remote: bool, config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store, ref = job.open_store(config), Ref("export", "student-minus-30", "0123456789ab")
+    with store.building(ref) as out:
+        dense_directory(out / form, "qwen3", True)
+    store.commit(ref, identity={}, inputs={}, metrics={}, seconds=0)
+    root = "s3://bucket/sparsekd" if remote else store.root
+    monkeypatch.setattr(
+        stages, "locate", lambda path, scratch: locate(path.replace(root, store.root), scratch)
+    )
+    path = f"{root}/{ref.key}/{form}"
+    dense, judged = single.evaluate(config, path)[-2:]
+    assert dense.kind == "dense" and dense.ref.name == form and judged.name == "evaluate model"
+    assert dense.identity == hub.identify(Model(path=str(store.local(ref.key) / form)))
+    taken: list[str | None] = []
+    monkeypatch.setattr(hub, "import_model", lambda model, out: taken.append(model.path) or {})
+    stages._made(dense, {}, tmp_path, store, gpu=False)
+    assert taken == [str(store.local(ref.key) / form)]
+    other = "stock" if form == "merged" else "merged"
+    with pytest.raises(ConfigError, match=f"has no form {other}: it has {form}"):
+        single.evaluate(config, path.replace(f"/{form}", f"/{other}"))
+    with pytest.raises(ConfigError, match="is no finished export"):
+        single.evaluate(config, path.replace("0123456789ab", "ba9876543210"))
+
+
+def test_a_model_of_two_names_is_one_artifact(models_config: Config, tmp_path: Path) -> None:
+    given = str(models_config.model.path)
+    (tmp_path / "other name").symlink_to(given)
+    for path in (given, f"{given}/", str(tmp_path / "other name")):
+        judged = single.evaluate(models_config, path)
+        assert [step.ref.name for step in judged if step.kind == "dense"] == ["a-model"]
+    copy = shutil.copytree(given, tmp_path / "a copy")
+    judged = single.evaluate(models_config, str(copy))
+    assert [step.ref.name for step in judged if step.kind == "dense"] == ["a-model"]
+    assert [step.name for step in judged if step.kind == "evaluate"] == ["evaluate dense"]
