@@ -1,8 +1,9 @@
-"""What a matrix costs in each form it may be stored in: whole numbers, and no library but Python's own.
+"""The number of parameters of a matrix in each stored form: whole numbers, and no library but Python's own.
 
 A matrix of m by n costs m n parameters while dense and r (m + n) as a product of rank r. The gauge-fixed form
 (PIFA; see `gauge.py`) drops the r² numbers by which two factors of the same product may differ and costs
-r (m + n − r), which is less than m n for every rank below min(m, n). A bias is m more, low-rank matrices only.
+r (m + n − r), which is less than m n for every rank below min(m, n). A bias adds m; only
+low-rank matrices can have one.
 """
 
 from bisect import bisect_left

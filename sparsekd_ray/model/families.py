@@ -1,8 +1,8 @@
-"""What differs between architectures, and the stock classes of transformers from which the rest is derived.
+"""The differences between architectures, and the stock classes of transformers from which the rest is derived.
 
-An entry of `FAMILIES` is what a plan needs before torch is imported: the family's name, and whether gate and up are one
-matrix. Everything else is derived from the stock class of the model type and proved on load (`probe.py`). A model type
-without an entry is supported too if its stock class passes the same probes.
+An entry of `FAMILIES` holds what a plan needs before torch is imported: the family's name, and whether gate and up are
+one matrix. Everything else is derived from the stock class of the model type and proved on load (`probe.py`). A model
+type without an entry is supported too if its stock class passes the same probes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the dense model comes from: what identifies it before any work, and its copy in the store."""
+"""The source of the dense model: its identity before any work, and its copy in the store."""
 
 from __future__ import annotations
 

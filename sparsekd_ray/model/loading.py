@@ -198,7 +198,7 @@ def rebuild(
 
 
 def auto_map(model_type: str) -> dict[str, str]:
-    """Where transformers' Auto classes find the shipped code; vLLM takes the base model from it."""
+    """The config's `auto_map`: the shipped class for each Auto class. vLLM takes the base model from it."""
     names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     kinds = classes(model_type)
     return {name: f"{MODELLING_CODE}.{kind.__name__}" for name, kind in zip(names, kinds, strict=True)}

@@ -29,7 +29,7 @@ import transformers
 from torch import nn
 from transformers import MODEL_MAPPING, Phi3Config, PreTrainedModel, Qwen3Config
 
-PREFIX = "LowRank"  # of a class name, before that of the stock class
+PREFIX = "LowRank"  # a class name is this prefix and the name of the stock class
 STORAGES = ("factors", "gauge")
 TP_SIZES = 8  # a matrix is split over GPUs only if it could be over this many
 

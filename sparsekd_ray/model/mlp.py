@@ -109,15 +109,17 @@ def without_layers(model: PreTrainedModel, dropped: Collection[int]) -> PreTrain
     Raises ModelError for a low-rank model, ValueError if a number is out of range or no layer would be left.
     """
     layers = layer_count(model)
-    kept = [layer for layer in range(layers) if layer not in set(dropped)]
-    if not kept or not set(dropped) <= set(range(layers)):
+    kept_layers = [layer for layer in range(layers) if layer not in set(dropped)]
+    if not kept_layers or not set(dropped) <= set(range(layers)):
         raise ValueError(f"cannot drop {sorted(dropped)} of layers 0 to {layers - 1}: one at least must stay")
-    place = {old: new for new, old in enumerate(kept)}
+    place = {old: new for new, old in enumerate(kept_layers)}
     state = {
         LAYER.sub(lambda match: f"layers.{place[int(match[1])]}.", name): tensor
-        for name, tensor in _copied_state(model, kept).items()
+        for name, tensor in _copied_state(model, kept_layers).items()
     }
-    return _rebuilt(model, state, num_hidden_layers=len(kept), **_for_layers(spec.config_dict(model), kept))
+    return _rebuilt(
+        model, state, num_hidden_layers=len(kept_layers), **_for_layers(spec.config_dict(model), kept_layers)
+    )
 
 
 def _for_layers(config: Mapping[str, object], kept: Sequence[int]) -> dict[str, object]:

@@ -26,8 +26,8 @@ from sparsekd_ray.model.cost import aligned_ranks, parameters
 from sparsekd_ray.prune import knapsack
 from sparsekd_ray.prune.knapsack import Options
 
-TOLERANCE = 1e-3  # of the original dense MLP parameters: how near the budget is near enough
-GAP = 1e-2  # of the loss: how far from proven the optimal rule may stay, where proving would take too long
+TOLERANCE = 1e-3  # allowed distance from the budget, as a share of the dense MLP parameters
+GAP = 1e-2  # allowed unproven share of the optimal rule's loss, where the proof would take too long
 
 Rule = Literal["uniform", "tiered", "energy", "optimal"]
 Shapes = Mapping[str, tuple[int, int]]

@@ -38,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STACK = "stack.safetensors"
-TASK_BYTES = 4 * 2**30  # of Gram matrices that one task holds at a time, unless one layer's are more
+TASK_BYTES = 4 * 2**30  # limit of the Gram matrices of one task, unless those of one layer are larger
 TOKENS_PER_INPUT = 4  # below which a Gram matrix is too noisy to trust
 
 
 class Manifest(TypedDict):
-    """What was measured, on what, and how much of it. `model` and `corpus` are fingerprints."""
+    """The measured model, and the text and its amount. `model` and `corpus` are fingerprints."""
 
     model: str
     corpus: str

@@ -13,7 +13,7 @@ A (T singular) is no special case. A pivot is then swapped for the column of the
 entry exceeds `BOUND`; each swap multiplies the volume |det K_P| by it, so there is an end (maxvol: Goreinov,
 Oseledets, Savostyanov, Tyrtyshnikov, Zamarashkin 2010). Random matrices need none or one, worst cases a few.
 
-What is guaranteed, whatever the conditioning of A: |C| ≤ `BOUND` (so rounding of x is not amplified), and U [I, C]
+Two bounds hold for any conditioning of A: |C| ≤ `BOUND` (so rounding of x is not amplified), and U [I, C]
 equals B A within float64 rounding of ‖B‖ ‖A‖, here 10⁻¹² relative, and then rounding to the stored type.
 
 Shapes: m outputs, n inputs, r rank, s = n − r remaining inputs.
@@ -21,7 +21,7 @@ Shapes: m outputs, n inputs, r rank, s = n − r remaining inputs.
 
 import torch
 
-BOUND = 2.0  # of the entries of C; 1 is reachable in principle, at many more swaps
+BOUND = 2.0  # on the entries of C; 1 is reachable in principle, with many more swaps
 
 
 def gauge(B_mr: torch.Tensor, A_rn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

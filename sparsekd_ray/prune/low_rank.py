@@ -52,7 +52,7 @@ class Metric(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What every matrix becomes. `loss`: predicted, in nat per token; None where there are no statistics."""
+    """Shape and rank of every matrix. `loss`: predicted, in nat per token; None where there are no statistics."""
 
     shapes: Shapes
     ranks: dict[str, int | None]

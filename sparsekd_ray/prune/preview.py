@@ -65,10 +65,9 @@ def shallower(task: Task, dropped: Collection[int]) -> list[Row]:
     shapes = spec.shapes_from_config(task.folder())
     layers = spec.layer_count(task.folder())
     size = sum(m * n for m, n in shapes.values()) // layers
-    kept = [i not in dropped for i in range(layers)]
     return [
-        Row(f"model.layers.{i}", "kept" if stays else "dropped", size if stays else 0, size)
-        for i, stays in enumerate(kept)
+        Row(f"model.layers.{i}", "dropped" if i in dropped else "kept", 0 if i in dropped else size, size)
+        for i in range(layers)
     ]
 
 

@@ -52,6 +52,7 @@ def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top
     row = rows.sample_ids.index(sample)
     part, ids = rows.part(row), rows.tokens(row).tolist()
     drawn = manifest.signal == "sampled"
+    absent = "0, not drawn" if drawn else "in the tail"
     names = (
         ("estimate of p(next)", f"the {top} largest estimates")
         if drawn
@@ -62,10 +63,10 @@ def sequence(store: Store, ref: Ref, sample: str, temperature: float | None, top
     )
     for position, pair in enumerate(pairwise(ids)):
         pairs = zip(part.ids_NK[position].tolist(), part.logprobs_NK[position].exp().tolist(), strict=True)
-        kept = {i: p for i, p in pairs if p > 0}  # padding has probability 0
-        likeliest = sorted(kept.items(), key=lambda pair: -pair[1])[:top]
+        probabilities = {i: p for i, p in pairs if p > 0}  # padding has probability 0
+        likeliest = sorted(probabilities.items(), key=lambda pair: -pair[1])[:top]
         listed = "  ".join(f"{shown(tokenizer, i)} {p:.1%}" for i, p in likeliest)
-        chance = f"{kept[pair[1]]:.1%}" if pair[1] in kept else "0, not drawn" if drawn else "in the tail"
+        chance = f"{probabilities[pair[1]]:.1%}" if pair[1] in probabilities else absent
         tail = [] if drawn else [f"{float(part.tail_N[position]):.1%}"]
         table.add_row(str(position), *(shown(tokenizer, token) for token in pair), chance, listed, *tail)
     return table

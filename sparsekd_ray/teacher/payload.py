@@ -74,8 +74,8 @@ def _from_topk_plain(
     logprobs_NK = numbers(table, "topk_logprobs", positions_B * k).reshape(-1, k)
     log_z_NT = numbers(table, "log_z", positions_B * stored).reshape(-1, stored)
     log_z_N = np.zeros(len(ids_NK), np.float32) if place is None else log_z_NT[:, place]
-    kept = tempered(_tensor(logprobs_NK), _tensor(log_z_N), temperature)
-    return Target(_tensor(ids_NK), *kept)
+    tempered_NK, tail_N = tempered(_tensor(logprobs_NK), _tensor(log_z_N), temperature)
+    return Target(_tensor(ids_NK), tempered_NK, tail_N)
 
 
 def _topk_compact(signal: TopK, positions_B: np.ndarray, manifest: CacheManifest) -> dict[str, pa.Array]:

@@ -43,7 +43,7 @@ class Distance(NamedTuple):
 
 
 class Verification(TypedDict):
-    """What `verify` measured."""
+    """The measurements of `verify`."""
 
     distance: float
     noise: float
