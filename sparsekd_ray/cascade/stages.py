@@ -19,6 +19,7 @@ from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store, locate
 from sparsekd_ray.store.checkpoints import Checkpoints
+from sparsekd_ray.store.dtype import dtype_on
 
 if TYPE_CHECKING:
     from sparsekd_ray.model.card import CardFacts
@@ -145,8 +146,7 @@ def _evaluate(settings: Evaluate, inputs: dict[str, Path], out: Path, gpu: bool)
     from sparsekd_ray.model import loading, tokenizer
 
     _check_tokenizer(inputs["model"], inputs["texts"])
-    dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
-    model = loading.load(inputs["model"], dtype=dtype, device=device)
+    model = loading.load(inputs["model"], dtype=dtype_on(gpu), device="cuda" if gpu else "cpu")
     texts = {
         domain: HeldOut(rows, corpus.read_test_text(inputs["texts"], domain))
         for domain, rows in corpus.domain_streams(inputs["texts"], "test").items()

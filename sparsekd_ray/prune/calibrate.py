@@ -32,6 +32,7 @@ from sparsekd_ray.prune import statistics
 from sparsekd_ray.runtime.logging import log_progress
 from sparsekd_ray.runtime.tasks import TaskMap
 from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store.dtype import Dtype, dtype_on, require_one_dtype
 from sparsekd_ray.teacher.forward import tokens
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Manifest(TypedDict):
     tokens: int
     samples_sha256: str
     seed: int
-    dtype: str
+    dtype: Dtype
 
 
 def calibrate(
@@ -77,6 +78,7 @@ def calibrate(
     """
     manifest = _manifest(model, texts, settings, store, gpu)
     _check_tokens(manifest)
+    require_one_dtype(store, out, manifest["dtype"])
     layers = range(manifest["layers"])
     names = [STACK, *(layer_name(index) for index in layers)]
     done = set(store.published(out))
@@ -109,8 +111,7 @@ def measure(
     ids_BL = tokens(sample(store, texts, settings))
     # the first task of a machine downloads the weights, the others find them
     directory = store.fetch(model)
-    dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
-    loaded = loading.load(directory, dtype=dtype, device=device)
+    loaded = loading.load(directory, dtype=dtype_on(gpu), device="cuda" if gpu else "cpu")
     for name, tensor in loaded.state_dict().items():
         require_finite(name, tensor)
     if not todo:
@@ -203,7 +204,7 @@ def _manifest(model: Ref, texts: Ref, settings: Calibrate, store: Store, gpu: bo
         "tokens": count * length,
         "samples_sha256": hashlib.sha256(names.encode()).hexdigest(),
         "seed": settings.seed,
-        "dtype": "bfloat16" if gpu else "float32",
+        "dtype": dtype_on(gpu),
     }
 
 

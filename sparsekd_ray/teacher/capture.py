@@ -31,6 +31,7 @@ from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError
 from sparsekd_ray.model import loading, spec
 from sparsekd_ray.runtime.logging import log_progress
 from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store.dtype import dtype_on, require_one_dtype
 from sparsekd_ray.teacher import shards, threshold
 from sparsekd_ray.teacher.codec import LARGEST_ID
 from sparsekd_ray.teacher.forward import Forward, lengths
@@ -134,9 +135,10 @@ def capture(
         shard_rows=shard_rows,
         rows=sum(shard_rows),
         tokens=sum(tokens),
-        dtype="bfloat16" if execution.gpus else "float32",
+        dtype=dtype_on(execution.gpus),
         seq_len=seq_len,
     )
+    require_one_dtype(store, out, manifest.dtype)
     arguments = ActorArguments(store, teacher, texts, out, manifest, execution.gpus)
     if settings.signal == "sampled":
         manifest = replace(manifest, threshold=_threshold(arguments, settings.bytes_per_token))

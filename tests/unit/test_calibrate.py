@@ -22,7 +22,7 @@ from sparsekd_ray.errors import ConfigError, CorpusError, IntegrityError, ModelE
 from sparsekd_ray.model import loading
 from sparsekd_ray.prune import calibrate, statistics
 from sparsekd_ray.runtime.tasks import map_local
-from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store import Ref, Store, dtype
 
 torch.set_num_threads(1)
 
@@ -188,6 +188,33 @@ def test_a_killed_calibration_measures_only_what_is_missing(
     assert content(store, out) == content(store, measured)
 
 
+def test_a_calibration_goes_on_in_the_dtype_that_it_was_begun_in(store: Store) -> None:
+    out = Ref("statistics", "moved", "bf")
+
+    def dying(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        yield from map_local(function, pieces[:1])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(store, out, groups=3, task_map=dying)
+    with pytest.raises(
+        ConfigError, match=r"moved-bf was begun in float32 .* Go on with execution\.gpus false"
+    ):
+        run(store, out, gpu=True)
+    run(store, out)
+    assert not [name for name in content(store, out) if "dtype" in name]
+
+
+def test_a_capture_goes_on_in_the_dtype_that_it_was_begun_in(store: Store) -> None:
+    out = Ref("cache", "moved", "bf")
+    for first in ("float32", "bfloat16"):  # no file was published in the first
+        dtype.require_one_dtype(store, out, first)
+    with store.publishing(out, "shard-00000.parquet") as path:
+        path.write_bytes(b"rows")
+    with pytest.raises(ConfigError, match=r"begun in bfloat16 .* Go on with execution\.gpus true"):
+        capturing.run(store, out=out)
+
+
 def test_a_piece_runs_on_one_thread_whatever_the_process_had(
     store: Store, measured: Ref, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,7 +305,7 @@ def test_activations_that_are_not_finite_are_named(store: Store) -> None:
         run(store, out, model)
     with pytest.raises(ModelError, match=r"layer 3: input\.gram is NaN or infinite"):
         calibrate.measure(store, model, TEXTS, out, SETTINGS, False, [1, 2, 3])
-    assert store.published(out) == []
+    assert store.published(out) == [dtype.FILE]
 
 
 def test_models_that_are_not_supported(store: Store) -> None:
