@@ -64,11 +64,18 @@ def _run(arguments: list[str]) -> Any:
     command: Any = COMMANDS
     names: list[str] = []
     while isinstance(command, Mapping):
+        if "run" in command and arguments and _is_option(arguments[0]):  # a verb may be left out
+            arguments.insert(0, "run")
         if not arguments or arguments[0] not in command:
             _choose(command, names, arguments or ["--help"])
         names.append(arguments.pop(0))
         command = command[names[-1]]
     return _call(command, arguments, f"sparsekd {' '.join(names)}")
+
+
+def _is_option(argument: str) -> bool:
+    """Whether it is an option of a command, and no plea for help with the choice of one."""
+    return argument.startswith("-") and argument not in ("-h", "--help")
 
 
 def _choose(commands: Mapping[str, Any], names: Sequence[str], arguments: Sequence[str]) -> None:

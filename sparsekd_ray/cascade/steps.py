@@ -44,7 +44,8 @@ class PruneSettings:
 
     sparsity: float
     prune: Prune
-    calibrate: Calibrate
+    calibrate: Calibrate | None
+    """Of a method that reads the calibration text. Others do not see it, since it is not in their identity."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ def prune(
         inputs["cache"] = cache(builder, "dense")
     words = [method.name, settings.allocation if "allocation" in method.settings else None]
     label = "-".join([word for word in words if word] + [percent(sparsity).rstrip("%")])
-    builder.add(name, "prune", label, identity, inputs, PruneSettings(sparsity, settings, calibrate))
+    read = calibrate if "texts" in needs else None
+    builder.add(name, "prune", label, identity, inputs, PruneSettings(sparsity, settings, read))
 
 
 def _check_temperature(settings: Prune, config: Config) -> None:

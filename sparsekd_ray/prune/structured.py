@@ -37,6 +37,7 @@ def by_activations(task: Task, task_map: TaskMap) -> Student:
 def by_gradients(task: Task, task_map: TaskMap) -> Student:
     """Removes the neurons of least SDMPrune importance. Refits the others, which the paper does not do."""
     width = width_of(task)
+    assert task.calibrate is not None, "sdm has texts among its inputs"
     logger.info(f"measuring gradients on {task.calibrate.samples} sequences, in two phases")
     ((_, kept),) = task_map(important_neurons, [(task, width)])
     return narrower(task, task_map, width, kept)
@@ -161,7 +162,7 @@ def share_of(task: Task) -> float:
 
 def sequences(task: Task) -> torch.Tensor:
     """The calibration text, int64 [B, L]."""
-    assert task.texts is not None, f"{task.settings.method} has texts among its inputs"
+    assert task.texts and task.calibrate, f"{task.settings.method} has texts among its inputs"
     return tokens(calibrate.sample(task.store, task.texts, task.calibrate))
 
 
@@ -169,7 +170,7 @@ def _targets(task: Task) -> list[Target]:
     """The cached teacher's probabilities for each calibration sequence, at sdm's temperature."""
     from sparsekd_ray.distill.reader import SampleReader
 
-    assert task.texts is not None and task.cache is not None, "sdm has texts and a cache among its inputs"
+    assert task.texts and task.calibrate and task.cache, "sdm has texts and a cache among its inputs"
     reader = SampleReader(task.store, task.cache, task.settings.temperature)
     reader.manifest.normaliser_index(task.settings.temperature)
     if reader.manifest.corpus != task.texts.fingerprint:

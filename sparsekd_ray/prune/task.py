@@ -48,11 +48,18 @@ class Task:
     settings: Prune
     sparsity: float
     dense_mlp_params: int
-    calibrate: Calibrate
+    calibrate: Calibrate | None = None
+    """Seed and size of the calibration text's sample. None unless the method has `texts` among its inputs, which puts
+    them into the identity of its students."""
     statistics: Ref | None = None
     texts: Ref | None = None
     cache: Ref | None = None
     gpu: bool = False
+
+    def __post_init__(self) -> None:
+        assert (self.calibrate is None) == (self.texts is None), (
+            "a sample is drawn from a text, by its settings"
+        )
 
     @property
     def device(self) -> str:

@@ -113,12 +113,12 @@ def task(
     if "statistics" in needed:
         inputs["statistics"] = statistics(store, model)
     if "texts" in needed:
-        inputs["texts"] = TEXTS
+        inputs |= {"texts": TEXTS, "calibrate": CALIBRATE}
     if "cache" in needed:
         inputs["cache"] = cache(store, dense or model)
     out = Ref("prune", settings.method, name)
     size = spec.mlp_parameters(store.fetch(dense or model))
-    return Task(store, model, out, settings, sparsity, size, CALIBRATE, **inputs | more)
+    return Task(store, model, out, settings, sparsity, size, **inputs | more)
 
 
 def finish(asked: Task, task_map: TaskMap = map_local) -> dict[str, Any]:

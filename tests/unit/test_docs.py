@@ -13,9 +13,13 @@ import pruning
 import pyarrow as pa
 import pytest
 import torch
+from cascades import TINY
 
+from sparsekd_ray import corpus
+from sparsekd_ray.cascade import steps
+from sparsekd_ray.cascade.steps import PlanBuilder
 from sparsekd_ray.commands import COMMANDS
-from sparsekd_ray.config import Prune
+from sparsekd_ray.config import Prune, parse
 from sparsekd_ray.model.families import FAMILIES
 from sparsekd_ray.model.mlp import layer_count, mlp_weights
 from sparsekd_ray.prune.methods import METHODS, MethodSpec
@@ -59,7 +63,8 @@ def test_commands_of_sparsekd_exist(document: Path) -> None:
         command: Any = COMMANDS
         words = iter(line.split())
         while isinstance(command, Mapping):
-            command = command[next(words)]
+            word = next(words)
+            command = command["run" if word.startswith("-") else word]
         assert callable(command), f"{document.name}: sparsekd {line}"
 
 
@@ -98,15 +103,31 @@ def test_the_documented_program_reads_a_plain_cache(tmp_path: Path) -> None:
     np.testing.assert_allclose(read["tail"], 1 - kept_NK.sum(-1), atol=1e-6)
 
 
-def test_the_documented_method_prunes_to_the_budget(tmp_path: Path) -> None:
+def documented_method() -> MethodSpec:
     page = (ROOT / "docs" / "adding-a-method.md").read_text()
     program = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert program is not None
     module: dict[str, Any] = {}
     exec(program[1], module)
     (method,) = module["METHODS"]
+    return method
+
+
+def test_two_seeds_of_the_documented_method_are_two_artifacts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "magnitude", dataclasses.replace(documented_method(), name="magnitude"))
+    keys = set()
+    for seed in (1, 2):
+        builder = PlanBuilder(parse(TINY | {"calibrate": {"samples": 16, "seed": seed}}, "test"))
+        steps.dense(builder, corpus.identify, {})
+        steps.prune(builder, "pruned", 0.3, "dense", Prune(method="magnitude"))
+        keys.add(builder.names["pruned"].ref.key)
+    assert len(keys) == 2
+
+
+def test_the_documented_method_prunes_to_the_budget(tmp_path: Path) -> None:
+    page, method = (ROOT / "docs" / "adding-a-method.md").read_text(), documented_method()
     store = pruning.prepare(tmp_path)
-    task = pruning.task(store, pruning.DENSE["qwen3"], "random", Prune(method="magnitude"), 0.35)
+    task = pruning.task(store, pruning.DENSE["qwen3"], "random", Prune(method="wanda"), 0.35)
     student = method.student(task, map_local).model
     weights = [
         weight for layer in range(layer_count(student)) for weight in mlp_weights(student, layer).values()

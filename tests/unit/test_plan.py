@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import pytest
-from cascades import LAPTOP, changed
+from cascades import LAPTOP, TINY, changed
 from lines import recorded
 
-from sparsekd_ray.cascade import console, job, single
+from sparsekd_ray import corpus
+from sparsekd_ray.cascade import console, job, single, steps
 from sparsekd_ray.cascade.driver import next_batch
 from sparsekd_ray.cascade.estimate import parameters
 from sparsekd_ray.cascade.fingerprint import fingerprint
 from sparsekd_ray.cascade.plan import plan
-from sparsekd_ray.config import Config, Shape, load, parse
+from sparsekd_ray.cascade.steps import PlanBuilder
+from sparsekd_ray.config import Config, Prune, Shape, load, parse
 from sparsekd_ray.errors import ConfigError
+from sparsekd_ray.prune.methods import METHODS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
 
@@ -320,3 +323,12 @@ def test_an_unknown_key_names_the_nearest_one_and_a_bad_file_itself(tmp_path):
     bad.write_text("just words")
     with pytest.raises(ConfigError, match="expected a YAML mapping"):
         load(bad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pruning_sees_the_settings_of_the_calibration_only_where_they_identify_it(method: str) -> None:
+    builder = PlanBuilder(parse(TINY | {"teacher": {"k": 8, "temperatures": [0.5, 2.0]}}, "test"))
+    steps.dense(builder, corpus.identify, {})
+    steps.prune(builder, "pruned", 0.3, "dense", Prune(method=method))
+    pruned = builder.names["pruned"]
+    assert (pruned.settings.calibrate is not None) == ("calibrate" in pruned.identity)

@@ -1,5 +1,6 @@
 """What the prune stage refuses, by name, before it leaves anything; and what sdm takes from the teacher's cache."""
 
+from dataclasses import replace
 from typing import Any
 
 import pruning
@@ -39,8 +40,7 @@ def test_weights_that_are_not_finite_are_named(name: str, tensor: str, store: St
             model.save_pretrained(out)
         pruning.commit(store, ref)
     out = Ref("prune", "broken", f"{ref.fingerprint}.{name}")
-    asked = Task(store, ref, out, sound.settings, 1 / 3, sound.dense_mlp_params, sound.calibrate,
-                 sound.statistics, TEXTS, sound.cache)  # fmt: skip
+    asked = replace(sound, model=ref, out=out)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(calibrate, "check", lambda *_: None)
         with pytest.raises(ModelError, match=rf"{tensor}\.weight holds NaN or infinity"):
