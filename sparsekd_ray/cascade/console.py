@@ -1,4 +1,4 @@
-"""The lines of a run: its plan, one line when a step starts and one when it ends, with the figure that matters."""
+"""The lines of a run: its plan, a line when a step starts, and a line with the main figure when it ends."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def ends(step: Step, store: Store) -> None:
 
 
 def log_figures(step: Step, record: Record) -> None:
-    """What a finished step measured, as a row of the run's live figures."""
+    """Logs the metrics of a finished step as a row of the run's live figures."""
     measured = {"artifact": step.ref.key, "seconds": record.seconds, "metrics": record.metrics}
     metrics.log(step.name, step.kind, time=record.created, **measured)
 
 
 @contextmanager
 def live_figures(config: Config, steps: Sequence[Step], store: Store) -> Iterator[None]:
-    """Keeps the run's `metrics.jsonl`, and its tracker if it has one, up to date while the block runs."""
+    """Writes live figures to the run's `metrics.jsonl`, and to its tracker if it has one, while the block runs."""
     folder = f"runs/{config.name}"
     with (
         tracking(config.execution.tracker, config.name, str(store.local(folder))) as tracker,
@@ -48,7 +48,7 @@ def live_figures(config: Config, steps: Sequence[Step], store: Store) -> Iterato
 
 
 def figure(kind: str, record: Record) -> str:
-    """The one figure of a finished step."""
+    """The main figure of a finished step, in words."""
     measured = record.metrics
     match kind:
         case "tokenizer":
@@ -68,12 +68,12 @@ def figure(kind: str, record: Record) -> str:
             return f"validation PPL {measured['valid_ppl']:.2f} ({measured['stopped']})"
         case "evaluate":
             return f"PPL {measured['paper']['ppl']:.2f}"
-    forms = [name for name, found in measured.items() if "params" in found]
+    forms = [name for name, values in measured.items() if "params" in values]
     return f"{measured[forms[0]]['params']:,} parameters; {' and '.join(forms)}"
 
 
 def plan_text(config: Config, steps: list[Step], records: Records) -> str:
-    """The whole plan, with what is done and what will run."""
+    """The plan as text: every step, and whether it is done or will run."""
     done = sum(step.name in records for step in steps)
     lines = [f"plan  {len(steps)} steps, {done} done, {len(steps) - done} to run"]
     names, artifacts = (
@@ -89,7 +89,7 @@ def plan_text(config: Config, steps: list[Step], records: Records) -> str:
 
 
 def _estimates(config: Config) -> list[str]:
-    """Size, cache and memory per GPU, if the configuration states the model's shape."""
+    """Lines on model size, cache size and memory per GPU, if the configuration states the model's shape."""
     shape = config.model.shape
     if shape is None:
         return []

@@ -1,8 +1,8 @@
 """Runs a plan: makes the artifacts that have no record yet, one stage after the other, and logs each step.
 
-The driver holds no state that matters: a step is done when the store has its record. Whoever loses the driver submits
-the same command again. Stages run as Ray tasks, captures on Ray Data, and distillations on Ray Train, as many as
-possible in one worker group.
+The driver holds no state that matters: a step is done when the store has its record. A user who loses the driver
+submits the same command again. Stages run as Ray tasks and captures on Ray Data. Distillations run on Ray Train, as
+many as possible in one worker group.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ def _run_stage(
         stages.run(step, parents, store, execution, map_on_ray(execution, log_queue))
 
 
-def run(config: Config, steps: list[Step], store: Store, still_ours: Callable[[], None]) -> None:
-    """Makes every step that is not in the store yet, in the plan's order as far as inputs allow.
+def run(config: Config, steps: list[Step], store: Store, ensure_lease: Callable[[], None]) -> None:
+    """Makes every step that is not in the store yet, in an order that respects inputs.
 
-    `still_ours` raises StoreError if another driver has taken the run over.
+    `ensure_lease` raises StoreError if another driver has taken the run over.
     """
     pending = [step for step in steps if store.record(step.ref) is None]
     for step in pending:
         if isinstance(step.settings, Corpus):
-            corpus.check_hub(step.settings)  # before a model is fetched
+            corpus.check_hub(step.settings)  # fails before a model is fetched
     processes = side_by_side(pending, config.execution)
     with connected(config.execution, processes), listening() as log_queue:
         threading.Thread(target=_import_ahead, daemon=True).start()
         while pending:
             batch = next_batch(pending, apart=config.execution.gpus)
-            with ExitStack() as leases:  # another run may want the same artifacts
+            with ExitStack() as leases:  # another run may make the same artifacts
                 for step in batch:
                     leases.enter_context(store.lease(step.ref.key, f"run {config.name}"))
-                still_ours()
+                ensure_lease()
                 todo = [step for step in batch if store.record(step.ref) is None]
                 if todo:
                     _run_batch(todo, steps, config, store, log_queue)
@@ -73,16 +73,16 @@ def side_by_side(steps: list[Step], execution: Execution) -> int:
 def next_batch(pending: list[Step], apart: bool = False) -> list[Step]:
     """The next steps to run together; `pending` is in an order that respects inputs.
 
-    A step that is ready and is no distillation runs alone, captures after the others: Ray keeps a process for the
-    next task only until actors want its CPU. When only distillations are ready, a worker group starts, which costs
-    more than a small distillation: it also takes all that becomes possible by its own work, up to the next capture
-    and, with `apart`, up to the next work in tasks of its own, which large models want on all GPUs.
+    A ready step that is no distillation runs alone. Captures come after other such steps, because Ray keeps a process
+    for the next task only until actors need its CPU. If only distillations are ready, a worker group starts. Starting
+    it costs more than a small distillation, so the group also takes the steps that its own work makes possible, up to
+    the next capture. With `apart` it also ends before steps that run tasks of their own, so that these get all GPUs.
     """
     waiting = {step.name for step in pending}
     ready = [step for step in pending if not waiting & set(step.inputs.values())]
-    alone = sorted((step for step in ready if step.kind != "distill"), key=lambda step: step.kind == "cache")
-    if alone:
-        return alone[:1]
+    others = sorted((step for step in ready if step.kind != "distill"), key=lambda step: step.kind == "cache")
+    if others:
+        return others[:1]
     group: list[Step] = []
     outside = ("cache", *stages.MAPPED) if apart else ("cache",)
     for step in pending:
@@ -93,13 +93,13 @@ def next_batch(pending: list[Step], apart: bool = False) -> list[Step]:
 
 
 def _import_ahead() -> None:
-    """Imports Ray Data and Ray Train, which takes seconds, while the first stage runs."""
+    """Imports Ray Data and Ray Train while the first stage runs, because these imports take seconds."""
     import sparsekd_ray.distill.trainer
     import sparsekd_ray.teacher.capture  # noqa: F401
 
 
 def _run_batch(batch: list[Step], steps: list[Step], config: Config, store: Store, log_queue: Any) -> None:
-    """Makes the artifacts of one step, or of a group that holds distillations."""
+    """Makes the artifacts of one step, or of a group with distillations."""
     step, refs = batch[0], {step.name: step.ref for step in steps}
     if any(step.kind == "distill" for step in batch):
         _train(batch, steps, config, store, log_queue)
@@ -110,7 +110,7 @@ def _run_batch(batch: list[Step], steps: list[Step], config: Config, store: Stor
         _capture(step, parents, config, store)
     else:
         resources = {"num_cpus": config.execution.threads, "num_gpus": int(config.execution.gpus)}
-        if step.kind in stages.MAPPED:  # whose tasks take what they need
+        if step.kind in stages.MAPPED:  # their tasks ask for the resources
             resources = {"num_cpus": 0, "num_gpus": 0}
         task = _run_stage.options(**resources).remote(step, parents, store, config.execution, log_queue)
         unwrapped(lambda: ray.get(task))
@@ -172,12 +172,12 @@ def _job(step: Step, steps: list[Step]) -> Job:
 
 
 def _run_on_first_worker(step: Step, steps: list[Step], store: Store, config: Config) -> None:
-    """Runs a step between two distillations on worker 0, with the threads that it would have as a task of its own."""
+    """Runs a step between two distillations on worker 0, with as many threads as it has as a separate task."""
     import torch
 
     refs = {step.name: step.ref for step in steps}
     parents = {role: refs[name] for role, name in step.inputs.items()}
     before = torch.get_num_threads()
     torch.set_num_threads(config.execution.threads)
-    stages.run(step, parents, store, config.execution, map_local)  # Ray's cores are this group's own
+    stages.run(step, parents, store, config.execution, map_local)  # the worker group occupies Ray's cores
     torch.set_num_threads(before)

@@ -1,7 +1,7 @@
-"""Estimates of what a run needs, from a model's shape alone: parameters, bytes of cache, memory per GPU.
+"""Estimates for a plan from a model's shape alone: parameters, bytes of cache, memory per GPU.
 
-Pure arithmetic for the plan; nothing is loaded. Memory counts what DeepSpeed keeps per parameter (bf16 weights
-2 bytes, gradients 2, fp32 master and Adam moments 12), ZeRO's communication buckets, the loss's logits, activations.
+This is pure arithmetic, and nothing is loaded. Memory counts DeepSpeed's bytes per parameter (bf16 weights 2,
+gradients 2, fp32 master and Adam moments 12), ZeRO's communication buckets, the loss's logits, and activations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Parameters(NamedTuple):
 
 
 def parameters(shape: Shape) -> Parameters:
-    """Parameters of the matrices. Norms and biases are left out: they are below a thousandth of the whole."""
+    """Parameters of the matrices. Norms and biases are left out: they are less than a thousandth of all."""
     embedding = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     head = shape.head_dim or shape.hidden // shape.heads
     attention = 2 * shape.hidden * head * (shape.heads + shape.kv_heads)
@@ -36,8 +36,11 @@ def parameters(shape: Shape) -> Parameters:
 
 
 def cache_bytes(config: Config) -> int:
-    """Bytes of one cache. Plain: 4 for every number, before Parquet's compression. Compact: 13 bits for an id and its
-    probability, 2 bytes for a tail and for an input id, measured with k = 32 at V = 200,064. Sampled: as asked for."""
+    """Bytes of one cache.
+
+    Plain: 4 bytes for every number, before Parquet's compression. Compact: 13 bits for an id and its probability, and
+    2 bytes for a tail or an input id, as measured with k = 32 at V = 200,064. Sampled: `teacher.bytes_per_token`.
+    """
     teacher, tokens = config.teacher, config.corpus.samples * config.corpus.seq_len
     stored = len(teacher.temperatures)
     if teacher.signal == "sampled":
@@ -62,7 +65,10 @@ def training_gb(config: Config, shape: Shape, sparsity: float = 0.0) -> float:
 
 
 def activation_bytes(config: Config, shape: Shape) -> int:
-    """Bytes kept for the backward pass of one micro-batch: all of every block, or each block's input and one block."""
+    """Bytes kept for the backward pass of one micro-batch.
+
+    All activations are kept, or with `recompute` only the input of every block and the activations of one block.
+    """
     tokens = config.execution.micro_batch * config.corpus.seq_len
     block = 2 * tokens * (14 * shape.hidden + 4 * shape.intermediate)
     if config.execution.recompute:

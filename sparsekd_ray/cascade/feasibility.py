@@ -1,4 +1,4 @@
-"""Checks before any work that every requested size can be reached, from the shapes of the dense model alone."""
+"""Checks before any work that every requested size can be reached. Needs only the shapes of the dense model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_cascade(config: Config, shapes: Shapes) -> None:
-    """ConfigError if no method reads a setting that was changed, or if a method cannot reach a size asked of it."""
+    """Raises ConfigError if no method reads a changed setting, or if a method cannot reach a requested size."""
     baselines = config.cascade.baselines
     check_settings(config.prune, {baseline.method for baseline in baselines})
     sizes = [round_.sparsity for round_ in config.cascade.rounds]
@@ -28,9 +28,9 @@ def check_cascade(config: Config, shapes: Shapes) -> None:
 
 
 def check(what: str, shapes: Shapes, settings: Prune, sparsities: Sequence[float]) -> None:
-    """ConfigError, beginning with `what`, if the method cannot cut one model to these sparsities, one after the other.
+    """Raises ConfigError if the method cannot cut one model to these sparsities, one after the other.
 
-    Where there are no shapes, nothing is known yet and everything passes.
+    `what` begins the message. Without shapes (of a model that is not fetched yet), nothing is checked.
     """
     if not shapes:
         return
@@ -42,10 +42,10 @@ def check(what: str, shapes: Shapes, settings: Prune, sparsities: Sequence[float
 
 
 def check_settings(settings: Prune, others: Collection[str] = ()) -> None:
-    """ConfigError if neither the method nor one of the `others`, which share its settings, reads what was changed.
+    """Raises ConfigError for a changed setting that neither the method nor one of the `others` reads.
 
-    A line of warning where only the others read it. The allocation is not shared. `align` is never refused: whole
-    layers and masks are aligned in any case.
+    `others` are the methods of the baselines, which share the settings except the allocation. A setting that only
+    they read is a warning. `align` is never refused, because whole layers and masks are aligned in any case.
     """
     for name in Prune.model_fields.keys() - {"method", "align", *METHODS[settings.method].settings}:
         value, default = getattr(settings, name), Prune.model_fields[name].default

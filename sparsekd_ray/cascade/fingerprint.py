@@ -1,7 +1,7 @@
-"""Fingerprints of steps: a digest of what bears on an artifact's numbers.
+"""Fingerprints of steps: digests of everything that decides an artifact's numbers.
 
-It covers the kind of step and the version of its code, its own settings and its inputs' fingerprints. Nothing of
-`execution` enters it, so another store, another number of GPUs or a second machine finds the same artifacts.
+A fingerprint covers the kind of step, the version of its code, its settings and its inputs' fingerprints. Nothing of
+`execution` enters it, so a run with another store, number of GPUs or machine has the same fingerprints.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-# raised when a stage's code changes what it computes, so that older artifacts are not taken for new ones
+# A version is raised when a stage's code changes its results, so that older artifacts are not used as new ones.
 VERSIONS = {
     "tokenizer": 2,
     "corpus": 4,

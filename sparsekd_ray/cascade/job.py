@@ -1,7 +1,7 @@
-"""A cascade from its settings to its report: what `jobs/cascade.py` runs.
+"""Runs a cascade from its settings to its report. `jobs/cascade.py` calls it.
 
-Checks first everything that can be known without work, prints the plan, takes the run's lease, makes what is missing,
-and writes `<store>/runs/<name>/`: settings.yaml, plan.json, metrics.jsonl and, once all is made, the report.
+It checks the settings without work, prints the plan, takes the run's lease, makes missing artifacts, and writes
+`<store>/runs/<name>/`: settings.yaml, plan.json, metrics.jsonl and, once all artifacts are made, the report.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sparsekd_ray.store import Record, Store
 
 
 def main(config: Config, command: str, dry_run: bool) -> dict[str, Any]:
-    """Runs the cascade, or with `dry_run` only prints what it would do; where report and model are, and figures."""
+    """Runs the cascade; with `dry_run` it only prints the plan. Returns paths of report and model, and figures."""
     started = time.monotonic()
     store = open_store(config)
     steps = preflight(config)
@@ -70,7 +70,7 @@ def main(config: Config, command: str, dry_run: bool) -> dict[str, Any]:
 
 
 def preflight(config: Config) -> list[Step]:
-    """The plan, once every setting that can be checked without work has been; changes nothing."""
+    """The plan, after every check of the settings that needs no work. Writes nothing."""
     feasibility.check_cascade(config, hub.mlp_shapes(config.model))
     check_vocabulary(config)
     trackers.require(config.execution.tracker)
@@ -79,7 +79,7 @@ def preflight(config: Config) -> list[Step]:
 
 
 def check_vocabulary(config: Config) -> None:
-    """ConfigError if the teacher is to keep more ids than there are, as far as that is known before any work."""
+    """Raises ConfigError if teacher.k is not below the vocabulary's size, if that size is known before any work."""
     standin, shape = config.model.standin, config.model.shape
     vocab = standin.vocab if standin else shape.vocab if shape else None
     if vocab is not None and config.teacher.signal == "topk" and config.teacher.k >= vocab:
@@ -89,15 +89,16 @@ def check_vocabulary(config: Config) -> None:
 
 
 def find(steps: list[Step], store: Store) -> dict[str, Record]:
-    """Records of the steps that are done."""
+    """The records of the steps that are done, by step name."""
     return {step.name: record for step in steps if (record := store.record(step.ref)) is not None}
 
 
 def perplexities(steps: list[Step], records: dict[str, Record]) -> dict[str, float]:
-    """Of every model that the plan judges, by the paper's protocol."""
-    judged = [step for step in steps if step.kind == "evaluate"]
+    """Perplexity by protocol `paper` of every model that the plan evaluates."""
+    evaluations = [step for step in steps if step.kind == "evaluate"]
     return {
-        step.name.removeprefix("evaluate "): records[step.name].metrics["paper"]["ppl"] for step in judged
+        step.name.removeprefix("evaluate "): records[step.name].metrics["paper"]["ppl"]
+        for step in evaluations
     }
 
 
@@ -117,9 +118,9 @@ def report(
     store: Store,
     facts: dict[str, Any],
 ) -> dict[str, str]:
-    """Writes report and metrics, prints where they are and how to load the smallest model; these paths.
+    """Writes the report, and prints its path and how to load the smallest model. Returns both paths.
 
-    A run in which everything was there already keeps the report of the run that made it, if it is of the same plan.
+    If nothing had to be made and the present report is of the same plan, the report is kept as it is.
     """
     folder = f"runs/{config.name}"
     if facts["reused"] >= set(records) and _reported(store.read_text(f"{folder}/summary.json")) == [
@@ -139,7 +140,7 @@ def report(
 
 
 def _best_export(steps: list[Step], records: dict[str, Record]) -> Step:
-    """Of the students of the largest sparsity, the one of the lowest perplexity."""
+    """The export with the lowest perplexity among those of the largest sparsity."""
     exports = [step for step in steps if step.kind == "export"]
     smallest = max(step.identity["sparsity"] for step in exports)
     return min(
@@ -149,7 +150,7 @@ def _best_export(steps: list[Step], records: dict[str, Record]) -> Step:
 
 
 def _reported(summary: str | None) -> list[str] | None:
-    """The artifacts that an earlier report was made of."""
+    """The artifacts of an earlier report, from its summary.json."""
     return None if summary is None else [step["artifact"] for step in json.loads(summary)["steps"]]
 
 
@@ -177,23 +178,23 @@ def _commands(
     steps: list[Step], records: dict[str, Record], store: Store, command: str
 ) -> list[dict[str, str]]:
     exports = [step for step in steps if step.kind == "export"]
-    found = [{"what": "this run, and resuming it", "command": command}]
-    return found + [
+    resuming = {"what": "this run, and resuming it", "command": command}
+    return [resuming] + [
         {"what": f"load: {step.name}", "command": load_command(store, step, records[step.name])}
         for step in exports
     ]
 
 
 def exported(record: Record) -> str:
-    """The smaller of an export's directories: the factors, or the stock model where that is what was pruned."""
+    """The form of an export's smaller directory: low-rank factors if it has them, otherwise the stock model."""
     return "low-rank" if "low-rank" in record.metrics else "stock"
 
 
 def load_command(store: Store, step: Step, record: Record) -> str:
-    """A shell command that loads an export's smaller directory, from wherever it is, as a user would.
+    """A shell command that loads an export's smaller directory, as a user would.
 
-    It runs as printed wherever this run's Python and S3 settings are. A bucket's directory is copied first, below the
-    working directory.
+    The command runs as printed with this run's Python and S3 settings. It first copies a directory of a bucket into
+    the working directory.
     """
     form = exported(record)
     path, lines = f"{store.root}/{step.ref.key}/{form}", ["from transformers import AutoModelForCausalLM"]
@@ -219,9 +220,9 @@ def _hardware(config: Config) -> str:
 
 
 def open_store(config: Config) -> Store:
-    """The run's store, once it answers and is of this version.
+    """The run's store. Raises StoreError if it does not answer or has another format.
 
-    A relative path is refused in a submitted job, whose working directory is a temporary copy.
+    Raises ConfigError for a relative path in a submitted job, because its working directory is a temporary copy.
     """
     root = config.execution.store
     local = "://" not in root and not root.startswith(("/", "~"))

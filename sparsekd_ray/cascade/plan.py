@@ -2,7 +2,7 @@
 
 [tokenizer → pretraining text →] dense → corpus → cache(dense) → controls: dense + KD, CE only, KL only
 round: [statistics →] prune(student so far) → distill(on the cache of the round's teacher) → evaluate → export
-one-shot: plain SVD of the dense model to each round's size, all matrices alike, untrained: the collapse
+one-shot: plain SVD of the dense model to each round's size with uniform ranks, untrained (it shows the collapse)
 baselines: the dense model pruned once by another method → distill → evaluate → export
 """
 
@@ -32,8 +32,8 @@ PLAIN = Prune(method="svd", allocation="uniform")
 def plan(config: Config, identify: Identify, model_identity: Mapping[str, Any]) -> list[Step]:
     """All steps in an order that respects their inputs.
 
-    `identify` tells what of a text source bears identity (its files' digests, a hub revision);
-    `model_identity` does so for a dense model that is not trained here.
+    `identify` gives the identity of a text source (digests of its files, a hub revision). `model_identity` is that of
+    a dense model that is not trained here.
     """
     builder = PlanBuilder(config)
     dense(builder, identify, model_identity)
@@ -58,7 +58,7 @@ def _controls(builder: PlanBuilder, config: Config, seed: int) -> None:
 
 
 def _control_settings(control: Control, settings: Distill) -> Distill:
-    """Settings of a control. Dense + KD trains with both terms of the loss, the two others with one each."""
+    """Settings of a control. Dense + KD trains with both terms of the loss, CE only and KL only with one."""
     alpha = {"dense+kd": settings.alpha, "ce-only": 0.0, "kl-only": 1.0}[control]
     return settings.model_copy(update={"alpha": alpha})
 

@@ -1,7 +1,7 @@
-"""One stage by itself, on the cascade's own steps and driver: what it makes, a cascade finds done, and the reverse.
+"""Runs one stage by itself with the cascade's steps and driver, so that both share their artifacts.
 
-Each of `corpus`, `capture`, `prune`, `distill`, `evaluate` and `export` plans a stage together with the steps before
-it, and checks what can be checked before work. `run` makes what is missing of such a plan.
+`corpus`, `capture`, `prune`, `distill`, `evaluate` and `export` plan a stage together with the steps before it, and
+check the settings before any work. `run` makes the missing artifacts of such a plan.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def capture(config: Config) -> Plan:
 
 
 def prune(config: Config, sparsity: float) -> Plan:
-    """The dense model pruned once, judged beside the dense model, and exported."""
+    """The plan that prunes the dense model once, evaluates both models, and exports the pruned model."""
     builder = _pruned(config, sparsity)
     steps.export(builder, "pruned", sparsity, config.prune.method)
     return _with_inputs(builder, "export pruned")
 
 
 def distill(config: Config, sparsity: float) -> Plan:
-    """The dense model pruned once and distilled once, with the first of the cascade's seeds; judged and exported."""
+    """The plan that prunes and distills the dense model once (with the cascade's first seed), evaluates and exports."""
     builder, seed = _pruned(config, sparsity), config.cascade.seeds[0]
     cache = steps.cache(builder, "dense")
     steps.distill(builder, "student", config.distill, seed, "pruned", cache)
@@ -58,7 +58,10 @@ def distill(config: Config, sparsity: float) -> Plan:
 
 
 def evaluate(config: Config, model: str) -> Plan:
-    """A model of the store or an exported form of it, or any directory or hub id, judged by the corpus's test text."""
+    """The plan that evaluates a model on the corpus's test text.
+
+    model: a model of the store or an exported form of it, any directory, or a hub id.
+    """
     builder = _dense(config)
     exported = stages.exported_model(model, config.execution.scratch)
     if exported is None and "/artifacts/" in model:
@@ -72,7 +75,7 @@ def evaluate(config: Config, model: str) -> Plan:
 
 
 def export(config: Config, artifact: str) -> Plan:
-    """A pruned or distilled model of the store, judged beside the dense model it was cut from, and exported."""
+    """The plan that exports a pruned or distilled model of the store, after evaluating it and its dense model."""
     builder = _dense(config)
     store, record = _add_stored(builder, "model", artifact, ("prune", "distill"))
     pruned = record if record.ref.kind == "prune" else _parent(store, record, "student")
@@ -90,9 +93,9 @@ def export(config: Config, artifact: str) -> Plan:
 
 
 def run(config: Config, stage: str, plan: Plan, dry_run: bool) -> dict[str, Any]:
-    """Makes what is missing of `plan`; the result names the artifact of its last step and its figures.
+    """Makes the missing artifacts of `plan`. The result names the last step's artifact and its figures.
 
-    The plan and the settings are kept in `<store>/runs/<name>-<stage>/`, apart from those of a cascade.
+    The plan and the settings are written to `<store>/runs/<name>-<stage>/`, apart from those of a cascade.
     """
     started, last = time.monotonic(), plan[-1]
     config = config.model_copy(update={"name": f"{config.name}-{stage}"})
@@ -119,7 +122,7 @@ def run(config: Config, stage: str, plan: Plan, dry_run: bool) -> dict[str, Any]
 
 
 def make(config: Config, plan: Plan, store: Store) -> Records:
-    """Makes what is missing of a plan, under the run's lease; the records of all of it."""
+    """Makes the missing artifacts of a plan under the run's lease. Returns the records of all its steps."""
     store.check()
     records = job.find(plan, store)
     headline(console.plan_text(config, plan, records))
@@ -136,7 +139,7 @@ def make(config: Config, plan: Plan, store: Store) -> Records:
 
 
 def preview(config: Config, sparsity: float, dry_run: bool) -> dict[str, Any]:
-    """Makes what a pruning reads, and the rows of its table of matrices."""
+    """Makes the inputs of a pruning. Returns the rows of its table of matrices."""
     plan = prune(config, sparsity)
     step = next(step for step in plan if step.name == "pruned")
     result = run(config, "preview", _needed(plan, step.inputs.values()), dry_run)
@@ -157,10 +160,10 @@ def preview(config: Config, sparsity: float, dry_run: bool) -> dict[str, Any]:
 
 
 def sparsity_of_energy(config: Config, tau: float) -> float:
-    """The sparsity at which one energy threshold of `tau` prunes the dense model: the budget that it stands for.
+    """The sparsity that one energy threshold `tau` gives in the dense model.
 
-    It is measured once and kept as an artifact. ConfigError where there is none, since the spectra of language models
-    are flat.
+    It is measured once and kept as an artifact. Raises ConfigError if the threshold removes nothing. That is common,
+    since the spectra of language models are flat.
     """
     plan, store = _pruned(config, ANY_SPARSITY).steps, job.open_store(config)
     step = _energy_step(next(step for step in plan if step.name == "pruned"), plan, tau)
@@ -177,7 +180,7 @@ def sparsity_of_energy(config: Config, tau: float) -> float:
 
 
 def _energy_step(pruning: Step, plan: Plan, tau: float) -> Step:
-    """A step identified by all that identifies `pruning`, with an energy in place of its sparsity."""
+    """A step with the identity of `pruning`, except that an energy stands in place of the sparsity."""
     fingerprints = {step.name: step.ref.fingerprint for step in plan}
     inputs = {role: fingerprints[name] for role, name in pruning.inputs.items()}
     identity = {key: value for key, value in pruning.identity.items() if key != "sparsity"} | {"energy": tau}
@@ -192,7 +195,7 @@ def _measure_energy(config: Config, step: Step, plan: Plan, store: Store, tau: f
 
     started, task = time.monotonic(), _task(step, plan, store, config.execution.gpus)
     energy = METHODS[task.settings.method].energy
-    assert energy is not None, "whoever asks for an energy has checked that the method has one"
+    assert energy is not None, f"{task.settings.method} has singular values"
     with connected(config.execution), listening() as log_queue:
         sparsity = energy(task, tau, map_on_ray(config.execution, log_queue))
     with store.building(step.ref) as out:
@@ -208,7 +211,7 @@ def _measure_energy(config: Config, step: Step, plan: Plan, store: Store, tau: f
 
 
 def _dense(config: Config) -> PlanBuilder:
-    """A plan up to the dense model, the corpus and the dense model's figures."""
+    """A plan with the dense model, the corpus and the dense model's evaluation."""
     job.check_vocabulary(config)
     builder = PlanBuilder(config)
     steps.dense(builder, texts.identify, {} if config.model.standin else hub.identify(config.model))
@@ -229,7 +232,7 @@ def _with_inputs(builder: PlanBuilder, *names: str) -> Plan:
 
 
 def _needed(plan: Plan, names: Iterable[str]) -> Plan:
-    """The named steps and all that they need, in the plan's order."""
+    """The named steps and all steps that they need, in the plan's order."""
     wanted = set(names)
     for step in reversed(plan):
         if step.name in wanted:
@@ -240,7 +243,7 @@ def _needed(plan: Plan, names: Iterable[str]) -> Plan:
 def _add_stored(
     builder: PlanBuilder, name: str, artifact: str, kinds: tuple[str, ...]
 ) -> tuple[Store, Record]:
-    """Adds a finished model of the run's store to the plan; the store, and the model's record."""
+    """Adds a finished model of the run's store to the plan. Returns the store and the model's record."""
     store = job.open_store(builder.config)
     given, ref = locate(artifact, builder.config.execution.scratch)
     if ref.kind not in kinds:
@@ -252,9 +255,9 @@ def _add_stored(
     record = store.record(ref)
     if record is None:
         raise ConfigError(f"{artifact} is no finished artifact: it has no record.json")
-    known = next((step for step in builder.steps if step.ref == ref), None)
-    builder.names[name] = known or Step(name, ref.kind, ref, record.identity, {}, Model(path=artifact))
-    if known is None:
+    planned = next((step for step in builder.steps if step.ref == ref), None)
+    builder.names[name] = planned or Step(name, ref.kind, ref, record.identity, {}, Model(path=artifact))
+    if planned is None:
         builder.steps.append(builder.names[name])
     return store, record
 

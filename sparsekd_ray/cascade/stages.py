@@ -1,7 +1,7 @@
 """Runs one step in the present process: fetches its inputs, calls its stage, commits its artifact.
 
-The only place that knows which function makes which kind of artifact. Captures and distillations are not here: they
-are spread over actors and workers by the driver.
+Only this module knows which function makes which kind of artifact. It does not run captures and distillations: the
+driver spreads these over actors and workers.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from sparsekd_ray.model.card import CardFacts
     from sparsekd_ray.prune.task import Task
 
-MAPPED = ("statistics", "prune")  # kinds of step that give out tasks of their own through a TaskMap
+MAPPED = ("statistics", "prune")  # kinds of steps that run their own tasks through a TaskMap
 
 
 def run(step: Step, parents: dict[str, Ref], store: Store, execution: Execution, task_map: TaskMap) -> None:
-    """Makes the artifact of `step`. `parents` maps its roles to the artifacts they name."""
+    """Makes the artifact of `step`. `parents`: role → artifact of every input."""
     started = time.monotonic()
     with store.building(step.ref) as out:
         if step.kind in MAPPED:
@@ -46,7 +46,7 @@ def run(step: Step, parents: dict[str, Ref], store: Store, execution: Execution,
 
 
 def _made(step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: bool) -> dict[str, Any]:
-    """Fills `out` in this process; the metrics."""
+    """Makes the artifact in `out` in this process. Returns its metrics."""
     inputs = {role: store.fetch(ref) for role, ref in parents.items()}
     match step.settings:
         case TokenizerSettings(texts=texts, standin=standin):
@@ -82,7 +82,7 @@ def _made(step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: boo
 def _mapped(
     step: Step, parents: dict[str, Ref], store: Store, execution: Execution, task_map: TaskMap
 ) -> dict[str, Any]:
-    """Makes the artifact by tasks that may run anywhere; the metrics."""
+    """Makes the artifact by tasks that may run on any machine. Returns its metrics."""
     if not isinstance(step.settings, Calibrate):
         from sparsekd_ray.prune.run import prune
 
@@ -102,7 +102,7 @@ def _mapped(
 
 
 def prune_task(step: Step, parents: dict[str, Ref], store: Store, gpu: bool) -> Task:
-    """What a step of kind prune is asked to do."""
+    """The task of a step of kind prune."""
     from sparsekd_ray.prune.task import Task
 
     assert isinstance(step.settings, PruneSettings), f"{step.name} is a pruning"
@@ -158,7 +158,7 @@ def _evaluate(settings: Evaluate, inputs: dict[str, Path], out: Path, gpu: bool)
 
 
 def _check_tokenizer(model: Path, texts: Path) -> None:
-    """ModelError unless the model's tokenizer is the one that the corpus was made with."""
+    """Raises ModelError unless the model's tokenizer is the one that the corpus was made with."""
     from sparsekd_ray import corpus
     from sparsekd_ray.model import tokenizer
 

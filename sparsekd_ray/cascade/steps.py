@@ -1,4 +1,4 @@
-"""The parts of a plan: steps, and the functions that add the usual ones to a plan."""
+"""The parts of a plan: steps, and functions that add one step and its inputs to a plan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.store import Ref
 
 Identify = Callable[[Source], dict[str, Any]]
-"""What of a text source bears identity: its files' digests, or a hub revision."""
+"""Gives the identity of a text source: digests of its files, or a hub revision."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PruneSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What an export says of its student."""
+    """Settings of an export: facts about its student."""
 
     sparsity: float
     method: str
@@ -60,7 +60,7 @@ StepSettings = (
     TokenizerSettings | Corpus | Model | Standin | Teacher | Calibrate | PruneSettings | Distill | Evaluate
     | ExportSettings
 )  # fmt: skip
-"""One type for each function that makes an artifact: `stages` matches on it."""
+"""There is one type for each function that makes an artifact. `stages` matches on it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Step:
 
 
 class PlanBuilder:
-    """Steps in order of addition. A step whose fingerprint is there already is that step, under its first name."""
+    """Collects steps in order. A second step of the same fingerprint is not added: its name stands for the first."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -100,14 +100,14 @@ class PlanBuilder:
         )
         first_names = {role: parent.name for role, parent in parents.items()}
         step = Step(name, kind, Ref(kind, label, digest), identity, first_names, settings, seed)
-        known = next((s for s in self.steps if (s.kind, s.ref.fingerprint) == (kind, digest)), None)
-        self.names[name] = known or step
-        if known is None:
+        equal = next((s for s in self.steps if (s.kind, s.ref.fingerprint) == (kind, digest)), None)
+        self.names[name] = equal or step
+        if equal is None:
             self.steps.append(step)
 
 
 def dense(builder: PlanBuilder, identify: Identify, model_identity: Mapping[str, Any]) -> None:
-    """The steps up to the dense model, the corpus and the dense model's figures."""
+    """Adds the steps of the dense model, the corpus and the dense model's evaluation."""
     config = builder.config
     standin = config.model.standin
     corpus.check_settings(config.corpus, None if standin else hub.local_directory(config.model))
@@ -133,9 +133,10 @@ def _corpus(builder: PlanBuilder, identify: Identify, tokenizer: str) -> None:
 
 
 def _standin(builder: PlanBuilder, config: Config, standin: Standin, identify: Identify) -> None:
-    """The calibration text comes before the training, so that a source that is too small is found before the work.
+    """Adds the steps of a stand-in: its tokenizer, the corpus, its pretraining text, its training.
 
-    What the calibration mix is judged by is excluded from the text of the stand-in and of its tokenizer.
+    The corpus comes before the training, so that a source that is too small is found before the work. The test text of
+    the calibration mix is excluded from the text of the stand-in and of its tokenizer.
     """
     sources = standin.sources or tuple(s for s in config.corpus.sources if s.name not in standin.unseen)
     texts = config.corpus.model_copy(
@@ -179,7 +180,10 @@ def _standin(builder: PlanBuilder, config: Config, standin: Standin, identify: I
 def prune(
     builder: PlanBuilder, name: str, sparsity: float, source: str, settings: Prune, seed: int | None = None
 ) -> None:
-    """A pruned model, and before it the statistics or the cache that its method needs; `seed`: of the calibration."""
+    """Adds a pruned model, and before it the statistics or the cache that its method needs.
+
+    seed: draws the calibration sequences; by default `calibrate.seed`.
+    """
     calibrate = builder.config.calibrate
     if seed is not None:
         calibrate = calibrate.model_copy(update={"seed": seed})
@@ -206,7 +210,7 @@ def prune(
 
 
 def _check_temperature(settings: Prune, config: Config) -> None:
-    """ConfigError if the teacher's cache will not hold the temperature that the method reads."""
+    """Raises ConfigError if the teacher's cache will not hold the temperature that the method reads."""
     stored = config.teacher.temperatures + ((1.0,) if config.teacher.signal == "topk" else ())
     if settings.temperature not in stored:
         raise ConfigError(
@@ -216,7 +220,7 @@ def _check_temperature(settings: Prune, config: Config) -> None:
 
 
 def cache(builder: PlanBuilder, teacher: str) -> str:
-    """What `teacher` says of the corpus; the step's name."""
+    """Adds the cache of `teacher` on the corpus. Returns the step's name."""
     settings = builder.config.teacher
     sampled = f"sampled{settings.bytes_per_token:g}"
     label = f"top{settings.k}" if settings.signal == "topk" else sampled
@@ -243,7 +247,7 @@ def evaluate(builder: PlanBuilder, model: str) -> None:
 
 
 def export(builder: PlanBuilder, model: str, sparsity: float, method: str) -> None:
-    """The directories that stock tools load."""
+    """Adds the export of a student: directories that stock tools load."""
     inputs = {"model": model, "figures": f"evaluate {model}", "dense": "evaluate dense"}
     label = f"student-minus-{percent(sparsity).rstrip('%')}"
     identity, settings = {"sparsity": sparsity, "method": method}, ExportSettings(sparsity, method)
@@ -263,7 +267,7 @@ def _values(settings: Settings, *without: str) -> dict[str, Any]:
 
 
 def seeded(name: str, config: Config, seed: int) -> str:
-    """A step's name, with its seed where there are several."""
+    """A step's name, with its seed if the run has several."""
     return name if len(config.cascade.seeds) == 1 else f"{name} · seed {seed}"
 
 

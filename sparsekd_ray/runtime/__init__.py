@@ -1,1 +1,1 @@
-"""What runs work: here or over Ray, with its log lines and collectives."""
+"""Runs work in this process or over Ray, and carries its log lines, figures and collectives."""

@@ -1,7 +1,7 @@
 """The connection to Ray: the cluster that `ray job submit` names, or a local Ray of this process's own.
 
 A local Ray cannot grow, so a run that asks for more GPUs than this machine has is refused at once. A cluster may have
-an autoscaler: there a run waits for what is missing, and says so every minute.
+an autoscaler, so a run waits there for missing CPUs and GPUs, and logs what is missing every minute.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LONGEST_TEMPORARY_DIRECTORY = (103 if sys.platform == "darwin" else 107) - len(S
 
 
 def unwrapped(call: Callable[[], Result]) -> Result:
-    """Our own errors as they were raised in the other process, without Ray's traceback around them."""
+    """Runs `call`, and raises an error of this package as the other process raised it, without Ray's traceback."""
     try:
         return call()
     except ray.exceptions.RayTaskError as error:
@@ -44,17 +44,17 @@ def unwrapped(call: Callable[[], Result]) -> Result:
 
 @contextmanager
 def connected(execution: Execution, processes: int = 1) -> Iterator[None]:
-    """A connection to the cluster of RAY_ADDRESS (set by `ray job submit`), or a local Ray of our own.
+    """A connection to the cluster of RAY_ADDRESS (`ray job submit` sets it), or a local Ray of this process.
 
-    `processes`: how many workers or actors the run needs side by side, each with a GPU if `execution.gpus`.
-    ClusterError: Ray cannot be reached or started, or its own machine has too few GPUs.
+    `processes`: number of workers or actors that the run needs side by side, each with a GPU if `execution.gpus`.
+    Raises ClusterError if Ray cannot be reached or started, or if a local Ray has too few GPUs.
     """
-    if ray.is_initialized():  # a test's cluster
+    if ray.is_initialized():  # a test has started its cluster
         yield
         return
     # Ray's C++ warnings about actors are for Ray's developers
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # threads that sleep while they wait, instead of spinning, leave the cores to whatever else the machine does
+    # waiting threads sleep instead of spinning, and leave the cores to other work
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     address = os.environ.get("RAY_ADDRESS")
     try:
@@ -88,7 +88,7 @@ def _join(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """ConnectionError or TimeoutError within seconds where nothing listens; Ray alone would try for two minutes."""
+    """Raises ConnectionError within seconds if nothing listens at the address. Ray would try for two minutes."""
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if separator and port.isdigit() and "/" not in host:
         try:
@@ -99,7 +99,7 @@ def _knock(address: str) -> None:
 
 def _start(cpus: int) -> None:
     check_temporary_directory()
-    # a stage and its tasks are one process more than there are cores; a new one would import torch again
+    # a stage and its tasks need one process more than there are cores; a new process would import torch again
     os.environ.setdefault("RAY_num_workers_soft_limit", str(cpus + 2))
     try:
         with _silent_stderr():
@@ -114,7 +114,7 @@ def _start(cpus: int) -> None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Drops what Ray's C++ writes to standard error while it starts; what goes wrong is raised, too."""
+    """Drops the lines that Ray's C++ code writes to standard error at its start. Ray raises its errors as well."""
     before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:
@@ -126,18 +126,18 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def check_temporary_directory() -> None:
-    """ClusterError if Ray's sockets would have longer names than the system allows, as in a batch system's scratch."""
+    """Raises ClusterError if the paths of Ray's sockets would be too long, as below a batch system's scratch."""
     variable, directory = _temporary_directory()
     if len(os.fsencode(directory)) > LONGEST_TEMPORARY_DIRECTORY:
         raise ClusterError(
-            f"{variable}={directory} is too long for Ray: its sockets lie below it, and their names may have only "
+            f"{variable}={directory} is too long for Ray: its sockets lie below it, and their paths may have only "
             f"{LONGEST_TEMPORARY_DIRECTORY + len(SOCKET)} bytes. Set RAY_TMPDIR to a directory of at most "
             f"{LONGEST_TEMPORARY_DIRECTORY} bytes, such as RAY_TMPDIR=/tmp."
         )
 
 
 def _temporary_directory() -> tuple[str, str]:
-    """Ray's choice: the variable that names the directory, and the directory."""
+    """(the variable that Ray takes its temporary directory from, the directory)."""
     for variable in ("RAY_TMPDIR", "TMPDIR"):
         if variable in os.environ and (variable == "RAY_TMPDIR" or sys.platform.startswith("linux")):
             return variable, os.environ[variable]
@@ -145,7 +145,7 @@ def _temporary_directory() -> tuple[str, str]:
 
 
 def _refuse_missing_gpus(execution: Execution, processes: int) -> None:
-    """ClusterError if this machine, which no autoscaler adds to, has too few GPUs."""
+    """Raises ClusterError if this machine has too few GPUs. No autoscaler can add any to a local Ray."""
     if not execution.gpus or (gpus := _count("GPU")) >= processes:
         return
     if gpus == 0:
@@ -159,7 +159,7 @@ def _refuse_missing_gpus(execution: Execution, processes: int) -> None:
 
 
 def shortage(execution: Execution, processes: int) -> str | None:
-    """What the cluster lacks at present, in words; None if it lacks nothing."""
+    """The CPUs and GPUs that the cluster lacks at present, in words; None if it lacks nothing."""
     cpus, gpus = _count("CPU"), _count("GPU")
     needed_cpus = max(processes, execution.threads)
     needed_gpus = processes if execution.gpus else 0
@@ -167,7 +167,7 @@ def shortage(execution: Execution, processes: int) -> str | None:
         return None
     return (
         f"the cluster has {cpus} CPUs and {gpus} GPUs; this run needs {needed_cpus} CPUs and {needed_gpus} GPUs at a "
-        "time and waits for them. If no autoscaler is there to add them, stop the run and lower execution.workers, "
+        "time and waits for them. If no autoscaler adds them, stop the run and lower execution.workers, "
         "actors or threads, or leave out execution.gpus"
     )
 
@@ -178,7 +178,7 @@ def _count(resource: str) -> int:
 
 @contextmanager
 def _reminding(missing: Callable[[], str | None]) -> Iterator[None]:
-    """Logs what is missing now, and every minute until nothing is, while the block runs."""
+    """Logs what is missing, at once and every minute until nothing is missing, while the block runs."""
     done = threading.Event()
 
     def remind() -> None:

@@ -1,4 +1,4 @@
-"""What the workers of a distillation tell one another; alone, a worker is rank 0 of 1."""
+"""Communication between the workers of a distillation. A process without a worker group is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def barrier() -> None:
 
 
 def total(sums: torch.Tensor) -> torch.Tensor:
-    """Sum over the workers."""
+    """The sum of a tensor over all workers."""
     if dist.is_initialized():
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         moved = sums.to(device, copy=True)
@@ -28,8 +28,8 @@ def total(sums: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """Worker 0's value, on every worker."""
-    box = [value]
+    """The value of worker 0, on every worker."""
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

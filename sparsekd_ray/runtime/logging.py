@@ -3,13 +3,13 @@
 Every module logs through `logging.getLogger(__name__)`. The console prints four kinds of lines:
 
 - headlines (`headline`): the plan, the start and the end of a step, the result. They are always printed.
-- INFO of any other module: a fact that is stated once. Indented, always printed.
-- progress (`log_progress`): how far a step is. Indented, and at most one line every two seconds is printed. The last
-  line before a line of another kind is always printed, so the end of a loop is seen.
-- WARNING and above: always printed, with the level before it.
+- INFO of any other module: a fact that is stated once. It is indented and always printed.
+- progress (`log_progress`): how far a step is. It is indented, and at most one line every two seconds is printed. The
+  last line before a line of another kind is always printed, so a reader sees the end of a loop.
+- WARNING and above: always printed, after the name of the level.
 
-A process on another machine sends its records through a Ray queue (`forwarding`); the driver prints them (`listening`).
-Live figures (`runtime.metrics`) travel the same way, by a logger of their own that no console reads.
+A process on another machine sends its records through a Ray queue (`forwarding`), and the driver prints them
+(`listening`). Live figures (`runtime.metrics`) travel the same way, by a separate logger that no console reads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SECONDS_BETWEEN_PROGRESS_LINES = 2.0
 
 
 def headline(text: str) -> None:
-    """Logs a line that the console prints as it is, whatever was printed just before."""
+    """Logs a line that the console always prints, without indentation."""
     HEADLINES.info(text)
 
 
@@ -44,7 +44,7 @@ def is_progress(record: logging.LogRecord) -> bool:
 
 
 class Console(logging.Handler):
-    """Prints records on standard output, each line at once, also when the output is a file."""
+    """Prints records on standard output. Every line is flushed, also when the output is a file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,12 +76,12 @@ class Console(logging.Handler):
 
 
 def _print(line: str) -> None:
-    with suppress(BrokenPipeError):  # whoever read the lines has gone; the run goes on
+    with suppress(BrokenPipeError):  # the reader has closed the output; the run goes on
         print(line, flush=True)
 
 
 def setup() -> None:
-    """Prints this package's log lines; called once by every command. Text that the output cannot hold is replaced."""
+    """Prints this package's log lines. Every command calls it once. Characters that the output lacks are replaced."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII log must not end a run at its first "·"
@@ -92,7 +92,7 @@ def setup() -> None:
 
 @contextmanager
 def forwarding(queue: Any) -> Iterator[None]:
-    """Sends this process's log lines and figures to the driver while the block runs; `queue` is from `listening`."""
+    """Sends this process's log lines and figures to the `queue` of `listening` while the block runs."""
     handler = logging.handlers.QueueHandler(queue)
     with attached(PACKAGE, handler), attached(METRICS, handler):
         yield
@@ -100,7 +100,7 @@ def forwarding(queue: Any) -> Iterator[None]:
 
 @contextmanager
 def attached(logger: logging.Logger, handler: logging.Handler) -> Iterator[None]:
-    """Hands the logger's records from INFO on to `handler` while the block runs."""
+    """Adds `handler` to the logger, for INFO and above, while the block runs."""
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -112,16 +112,16 @@ def attached(logger: logging.Logger, handler: logging.Handler) -> Iterator[None]
 
 
 class Relay(logging.handlers.QueueListener):
-    """Hands the records of other processes to the loggers that they name, as if they were logged here."""
+    """Passes the records of other processes to the loggers of this process that they name."""
 
     def dequeue(self, block: bool) -> Any:
         from ray.exceptions import RayError
 
         try:
             return super().dequeue(block)
-        except RayError as error:  # a run does not end because its log lines do
+        except RayError as error:  # a run goes on without the log lines of other processes
             PACKAGE.warning(f"lines of other processes are no longer shown: {type(error).__name__}")
-            return None  # what ends the listener
+            return None  # ends the listener
 
     def handle(self, record: logging.LogRecord) -> None:
         logging.getLogger(record.name).handle(record)
@@ -134,7 +134,7 @@ def listening() -> Iterator[Any]:
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # on the driver's node, since another one may go; a queue whose process dies is started again, empty
+    # the queue is on the driver's node, since other nodes may be lost; if its process dies, Ray starts it again, empty
     driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     survives = {"max_restarts": -1, "max_task_retries": -1}
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node, **survives})
@@ -144,6 +144,6 @@ def listening() -> Iterator[Any]:
         yield queue
     finally:
         with suppress(ray.exceptions.RayError):
-            listener.stop()  # after all that has arrived
+            listener.stop()  # after it has passed on all records that arrived
         if ray.is_initialized():
             queue.shutdown(force=True)

@@ -1,8 +1,8 @@
-"""Live figures of a run: `runs/<name>/metrics.jsonl` grows while it works, and a tracker may follow.
+"""Live figures of a run: rows of `runs/<name>/metrics.jsonl`, written during the run and sent to a tracker if set.
 
-Any process logs a row with `log`. A row travels as a log record, on another machine through the same queue as the log
-lines (`runtime.logging.forwarding`). The driver alone writes the file (`recording`), since an object of an S3 store
-cannot be appended to: it holds all rows and replaces the file every few seconds.
+Any process logs a row with `log`. A row is a log record, and comes from another machine through the same queue as the
+log lines (`runtime.logging.forwarding`). Only the driver writes the file (`recording`). An S3 object cannot be appended
+to, so the driver keeps all rows and replaces the file every few seconds.
 
     {"stage": "round 1", "kind": "training", "step": 12, "kl": 0.41, "ce": 2.93, "lr": 0.001, …}
     {"stage": "round 1", "kind": "distill", "artifact": …, "seconds": 31.5, "metrics": {…}}
@@ -31,18 +31,18 @@ Tracker = Callable[[Row], None]
 
 
 def log(stage: str, kind: str, **values: object) -> None:
-    """One row: `kind` is `TRAINING` for a step of a training, else the kind of the stage that is finished."""
+    """Logs one row. `kind` is `TRAINING` for a step of a training, otherwise the kind of the finished stage."""
     now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     METRICS.info("", extra={"row": {"time": now, "stage": stage, "kind": kind, **values}})
 
 
 def log_interval(steps: int) -> int:
-    """Steps between two rows of a training: about 200 rows, however long it is."""
+    """Steps between two rows of a training, so that a training of any length gives about 200 rows."""
     return max(1, steps // 200)
 
 
 class MetricsFile:
-    """The rows of one run, in memory and, every few seconds, in the store. Its methods may be called by any thread."""
+    """The rows of one run, in memory and in the store. Any thread may call its methods."""
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key, self.lock = store, key, threading.Lock()
@@ -50,11 +50,11 @@ class MetricsFile:
         self.changed = False
 
     def add(self, row: Row) -> bool:
-        """Appends a row, in place of what a killed attempt at the same work wrote from there on.
+        """Appends a row and removes the rows that a killed attempt at the same work wrote from this step on.
 
-        False, and nothing done, for a row that is there already.
+        A row that the file holds already is not added again; the result is then False.
         """
-        row = json.loads(json.dumps(row))  # as it is read again
+        row = json.loads(json.dumps(row))  # the form in which later attempts read it
         with self.lock:
             if row in self.rows:
                 return False
@@ -64,7 +64,7 @@ class MetricsFile:
         return True
 
     def write(self) -> None:
-        """Puts the file into the store, if a row came since the last time."""
+        """Writes the file to the store if a row was added since the last write."""
         with self.lock:
             if not self.changed:
                 return
@@ -74,7 +74,7 @@ class MetricsFile:
 
 
 def _replaces(row: Row, other: Row) -> bool:
-    """Whether `row` stands for `other`: the same stage finished again, or a training that resumed before `other`."""
+    """Whether `row` replaces `other`: its stage finished again, or its training resumed before `other`."""
     if (row["stage"], row["kind"]) != (other["stage"], other["kind"]):
         return False
     step, later = row.get("step"), other.get("step")
@@ -82,7 +82,7 @@ def _replaces(row: Row, other: Row) -> bool:
 
 
 class _Recorder(logging.Handler):
-    """Hands the rows among the log records to the file and the tracker."""
+    """Adds the row of every log record to the file and the tracker."""
 
     def __init__(self, file: MetricsFile, tracker: Tracker | None) -> None:
         super().__init__()
@@ -117,6 +117,6 @@ def recording(store: Store, key: str, tracker: Tracker | None = None) -> Iterato
 def _write(file: MetricsFile) -> None:
     try:
         file.write()
-    except Exception as error:  # a store that is away for a moment must not end a run for a file of figures
+    except Exception as error:  # a file of figures must not end a run while the store is away for a moment
         file.changed = True
-        logger.warning(f"{file.key} could not be written and is tried again: {error}")
+        logger.warning(f"{file.key} could not be written; the next write tries again: {error}")

@@ -1,7 +1,7 @@
 """Maps a function over tasks: one after the other in this process, or side by side on Ray.
 
-A stage hands its tasks to a `TaskMap`; it neither knows nor imports what runs them. Large results go through the
-store, so only small values return.
+A stage gives its tasks to a `TaskMap`, so it does not import what runs them. Large results go through the store, so
+only small values return.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from sparsekd_ray.config import Execution
 from sparsekd_ray.runtime.logging import forwarding
 
 TaskMap = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
-"""(function, arguments of each task) → (index, result) of every task as it finishes, in any order. The function is
-of a module's top level and its arguments pickle, since they may travel to another machine."""
+"""(function, arguments of each task) → (index, result) of every task as it finishes, in any order. The function stands
+at a module's top level and its arguments can be pickled, since they may travel to another machine."""
 
 
 def map_local(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-    """In this process, in order."""
+    """Runs the tasks in this process, in order."""
     for index, arguments in enumerate(tasks):
         with threads_for(len(tasks)):
             result = function(*arguments)
@@ -27,7 +27,7 @@ def map_local(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) ->
 
 
 def map_on_ray(execution: Execution, log_queue: Any) -> TaskMap:
-    """As Ray tasks: on a GPU each where the run has them, on a core each otherwise."""
+    """Runs every task as a Ray task: with one GPU if the run uses GPUs, otherwise with one core."""
     import ray
 
     from sparsekd_ray.runtime.cluster import unwrapped
@@ -57,9 +57,9 @@ def _task(
 
 @contextmanager
 def threads_for(tasks: int, threads: int | None = None) -> Iterator[None]:
-    """One CPU thread for each of several tasks, `threads` (by default as many as before) for a single one.
+    """Sets one CPU thread per task if there are several, and `threads` (by default as before) for a single task.
 
-    A task has the same number of threads wherever it runs, because the last bits of a sum depend on it.
+    A task has the same number of threads on every machine, because the last bits of a sum depend on it.
     """
     import torch
 

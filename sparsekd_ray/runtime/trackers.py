@@ -1,9 +1,9 @@
-"""Experiment trackers that a run's figures go to as well: one function per tracker that opens it.
+"""Experiment trackers that receive a run's figures. One function per tracker opens it.
 
-TensorBoard's files need no package more. The others are installed by whoever wants them, on the machine of the driver
-alone; addresses and keys come from their own environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI, …).
+TensorBoard's files need no further package. The user installs the package of another tracker on the driver's machine.
+Addresses and keys come from the tracker's own environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI, …).
 
-A tracker is opened before any work starts. From then on it is called from a thread of its own (`following`): a run
+A tracker is opened before any work starts. From then on it is called from a thread of its own (`following`), so a run
 never waits for its tracker and never ends because of it. `Opened.log` and `Opened.close` are called on that thread, so
 they use no state that a client keeps per thread.
 """
@@ -46,7 +46,7 @@ def trackio(run: str, folder: str) -> Opened:
 
 
 def tensorboard(run: str, folder: str) -> Opened:
-    from tensorboardX import SummaryWriter  # which Ray brings
+    from tensorboardX import SummaryWriter  # a dependency of Ray
 
     writer = SummaryWriter(f"{folder}/tensorboard")
 
@@ -74,7 +74,7 @@ def wandb(run: str, folder: str) -> Opened:
     opened = wandb.init(project=PROJECT, name=run, id=run, resume="allow")
 
     def log(figures: dict[str, float], step: int) -> None:
-        # W&B's own step only rises, and every stage counts from 0: the step is a figure, and the axis of the others
+        # W&B's own step only rises, but every stage counts from 0: so the step is a figure, and the axis of the others
         stage = next(iter(figures)).split("/")[0]
         opened.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         opened.log({**figures, f"{stage}/step": step})
@@ -97,7 +97,7 @@ TRACKERS: dict[TrackerName, TrackerSpec] = {
 
 
 def require(name: TrackerName | None) -> None:
-    """ConfigError unless the tracker's package is installed here, where the driver runs."""
+    """Raises ConfigError unless the tracker's package is installed on this machine, where the driver runs."""
     if name is not None and importlib.util.find_spec(package := TRACKERS[name].package) is None:
         raise ConfigError(
             f"execution.tracker is {name}, and the package {package} is not installed where the driver runs: "
@@ -107,7 +107,7 @@ def require(name: TrackerName | None) -> None:
 
 @contextmanager
 def tracking(name: TrackerName | None, run: str, folder: str) -> Iterator[Tracker | None]:
-    """The tracker of this name, for one run; None for None. ConfigError where it cannot be opened."""
+    """The tracker of this name, for one run; None for None. Raises ConfigError if it cannot be opened."""
     if name is None:
         yield None
         return
@@ -178,7 +178,7 @@ def _log(log: Log, row: Row) -> None:
 
 
 def _figures(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, float]]:
-    """Every number in a row by its path, as `round_1/valid_domains/code`."""
+    """(path, number) of every number in a row, such as `round_1/valid_domains/code`."""
     for key, value in values.items():
         path = f"{prefix}/{_name(key)}"
         if isinstance(value, Mapping):
@@ -188,5 +188,5 @@ def _figures(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, f
 
 
 def _name(text: str) -> str:
-    """In letters that every tracker takes."""
+    """The text in characters that every tracker takes."""
     return re.sub(r"[^A-Za-z0-9_]+", "_", text)

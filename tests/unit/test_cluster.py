@@ -91,7 +91,7 @@ def test_a_cluster_that_lacks_gpus_is_waited_for_with_a_reminder(no_ray, monkeyp
         while len(lines) < 3:
             time.sleep(0.005)
         assert "has 8 CPUs and 0 GPUs; this run needs 2 CPUs and 2 GPUs" in lines[0]
-        assert "If no autoscaler is there" in lines[0]
+        assert "If no autoscaler adds them" in lines[0]
         there["GPU"] = 2.0  # an autoscaler added a node
         time.sleep(0.1)
         count = len(lines)
