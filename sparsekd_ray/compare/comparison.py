@@ -139,8 +139,10 @@ def rows(
 def protocol(config: Config, records: Mapping[str, Record], draws: Sequence[int]) -> str:
     """How the figures were measured, in words."""
     dense = records["evaluate dense"].metrics
+    dtypes = sorted({record.metrics["dtype"] for record in records.values() if record.ref.kind == "evaluate"})
+    rounding = "; small differences between figures of two types may be rounding" if len(dtypes) > 1 else ""
     return (
-        f"Protocol `paper`: {dense['paper']['sentence']}; computed in {dense['dtype']}. "
+        f"Protocol `paper`: {dense['paper']['sentence']}; computed in {' and '.join(dtypes)}{rounding}. "
         f"Statistics of {config.calibrate.samples} training sequences, {len(draws)} "
         f"draw{'s' if len(draws) > 1 else ''} of them. Distillation, where done: of the first draw, "
         f"seed {config.cascade.seeds[0]}, {config.distill.epochs:g} × {config.corpus.samples} sequences of "

@@ -20,6 +20,9 @@ class Protocol(TypedDict):
     window: Annotated[int, "tokens in a window"]
     stride: Annotated[int, "tokens from one window to the next"]
     sentence: Annotated[str, "the protocol in words"]
+    mixture: Annotated[
+        str | None, "which models were evaluated in which dtype where there are several, or null"
+    ]
 
 
 class Domain(TypedDict):

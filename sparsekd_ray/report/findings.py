@@ -18,7 +18,9 @@ NEAR = 0.01  # of the MLP parameters: students closer than this in sparsity are 
 def findings(summary: Summary) -> list[str]:
     """What the figures say, in sentences."""
     parts = (_sizes, _order, _controls, _unmoved, _attribution, _students, _baselines, _drift, _spread)
-    return [check.sentence for check in checks(summary)] + [text for part in parts for text in part(summary)]
+    warning = summary["protocol"]["mixture"]
+    expected = [check.sentence for check in checks(summary)]
+    return [*([warning] if warning else []), *expected, *(text for part in parts for text in part(summary))]
 
 
 def headline(summary: Summary) -> str:

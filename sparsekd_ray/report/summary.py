@@ -23,7 +23,7 @@ def summarise(config: Config, steps: list[Step], records: Records, run: Mapping[
         "command": run["command"],
         "seconds": run["seconds"],
         "seeds": list(config.cascade.seeds),
-        "protocol": _protocol(index.metrics("evaluate dense")),
+        "protocol": _protocol(index.metrics("evaluate dense"), _models_by_dtype(index)),
         "corpus": _corpus(index),
         "dense": _dense(index),
         "rows": rows(index),
@@ -36,13 +36,31 @@ def summarise(config: Config, steps: list[Step], records: Records, run: Mapping[
     }
 
 
-def _protocol(evaluation: Mapping[str, Any]) -> Protocol:
+def _models_by_dtype(index: RunIndex) -> dict[str, list[str]]:
+    """The models that were evaluated, by the type that their weights had then."""
+    models: dict[str, list[str]] = {}
+    for (kind, model), step in index.by_input.items():
+        if kind == "evaluate":
+            models.setdefault(index.metrics(step.name)["dtype"], []).append(str(model))
+    return models
+
+
+def _mixture(models: Mapping[str, list[str]]) -> str | None:
+    """The sentence that warns of figures in several dtypes; None where all have one."""
+    if len(models) == 1:
+        return None
+    kinds = "; ".join(f"{', '.join(names)} in {dtype}" for dtype, names in sorted(models.items()))
+    return f"The figures are not all computed in one type, so small differences may be rounding: {kinds}."
+
+
+def _protocol(evaluation: Mapping[str, Any], models: Mapping[str, list[str]]) -> Protocol:
     measured = [name for name in ("paper", "gptq", "words") if name in evaluation]
     sentences = [f"Protocol {name}: {evaluation[name]['sentence']}." for name in measured]
     return {
         "window": evaluation["paper"]["window"],
         "stride": evaluation["paper"]["stride"],
-        "sentence": " ".join([*sentences, f"Computed in {evaluation['dtype']}."]),
+        "sentence": " ".join([*sentences, f"Computed in {' and '.join(sorted(models))}."]),
+        "mixture": _mixture(models),
     }
 
 

@@ -163,6 +163,7 @@ def sample(seeds: tuple[int, ...] = (42,)) -> dict[str, Any]:
             "window": 128,
             "stride": 64,
             "sentence": "Windows of 128 tokens with stride 64, every prediction of every window counted.",
+            "mixture": None,
         },
         "corpus": {
             "artifact": "artifacts/corpus/embedded-5c6d7e8f",

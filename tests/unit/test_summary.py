@@ -7,6 +7,7 @@ from records import record
 
 from sparsekd_ray.cascade.plan import plan
 from sparsekd_ray.config import load, parse
+from sparsekd_ray.report.findings import findings
 from sparsekd_ray.report.summary import summarise
 
 LAPTOP = Path(__file__).parents[2] / "jobs" / "configs" / "laptop.yaml"
@@ -26,10 +27,12 @@ def summary():
     return summary_of(load(LAPTOP).model_dump(mode="json") | {"cascade": CASCADE})
 
 
-def summary_of(tree):
+def summary_of(tree, dtypes=None):
     config = parse(tree, "test")
     steps = plan(config, lambda source: {"path": source.path}, {})
     records = {step.name: record(step.ref, metrics(step), seconds=1.0) for step in steps}
+    for model, dtype in (dtypes or {}).items():
+        records[f"evaluate {model}"].metrics["dtype"] = dtype
     run = {"command": "c", "reused": {"dense"}, "seconds": 2.0, "created": "", "commands": [], "versions": {}}
     return summarise(config, steps, records, run | {"hardware": ""})
 
@@ -112,6 +115,17 @@ def test_training_is_counted_from_the_dense_model_on(summary):
 def test_teachers_are_named_with_their_own_perplexity(summary):
     assert (row(summary, "Round 1")["teacher"], row(summary, "Round 1")["teacher_ppl"]) == ("dense", DENSE)
     assert (row(summary, "Round 2")["teacher"], row(summary, "Round 2")["teacher_ppl"]) == ("dense+kd", 32.0)
+
+
+def test_figures_in_two_dtypes_are_named(summary):
+    assert summary["protocol"]["mixture"] is None
+    assert summary["protocol"]["sentence"].endswith("Computed in float32.")
+    tree = load(LAPTOP).model_dump(mode="json") | {"cascade": CASCADE}
+    mixed = summary_of(tree, {"dense": "bfloat16"})
+    warning = mixed["protocol"]["mixture"]
+    assert "dense in bfloat16; " in warning and "round 1 · seed 1" in warning.split("dense in bfloat16; ")[1]
+    assert warning.endswith(" in float32.") and findings(mixed)[0] == warning
+    assert mixed["protocol"]["sentence"].endswith("Computed in bfloat16 and float32.")
 
 
 def test_what_was_there_before_is_marked(summary):
