@@ -1,6 +1,6 @@
-"""The method in one process, without Ray: cache what the dense model says, prune it, teach it back from the cache.
+"""The method in one process, without Ray: cache the dense model's probabilities, prune it, distill it from the cache.
 
-    python examples/kd_loop.py                           a small byte-level model, trained here first; under a minute
+    python examples/kd_loop.py                           a small byte-level model, trained first; under a minute
     python examples/kd_loop.py --model DIRECTORY         a Hugging Face directory of a supported family
 
 Shapes: S sequences, B of a batch, L tokens, P = L − 1 predictions of each, N = B · P, K kept ids, D hidden, I neurons.
@@ -32,17 +32,17 @@ def text(encode, documents, sequences):
 
 @torch.no_grad()
 def cache(dense, ids_SL):
-    """The teacher's k likeliest ids at `TEMPERATURE` and the mass of all others, exact; asked once: [S · P, K]."""
-    found = []
+    """The teacher's k likeliest ids at `TEMPERATURE` and the exact mass of all others: [S · P, K]."""
+    targets = []
     for ids_BL in ids_SL.split(B):
         hidden_ND = head.hidden_states(dense, ids_BL)[:, :-1].flatten(0, 1)
         kept = topk(head.logits(hidden_ND, head.weight(dense)), K, (TEMPERATURE,))
-        found.append(Target(kept.ids_NK, *tempered(kept.logprobs_NK, kept.log_z_NT[:, 0], TEMPERATURE)))
-    return Target(*(torch.cat(column) for column in zip(*found, strict=True)))
+        targets.append(Target(kept.ids_NK, *tempered(kept.logprobs_NK, kept.log_z_NT[:, 0], TEMPERATURE)))
+    return Target(*(torch.cat(column) for column in zip(*targets, strict=True)))
 
 
 def prune(dense, ids_SL, sparsity):
-    """Fewer neurons in every MLP, taken out one by one; those that stay are fitted to the output of all."""
+    """Removes neurons of every MLP one by one. The remaining neurons are fitted to the MLP's former output."""
     layers, hidden = dense.config.num_hidden_layers, dense.config.hidden_size
     width = neurons.width(spec.mlp_parameters(dense), sparsity, hidden, layers, align=1)
     measured, mlps = statistics.collect(dense, ids_SL, range(layers)), []

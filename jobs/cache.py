@@ -1,4 +1,4 @@
-"""Looks into a teacher cache: is it what the teacher says, what is in it, what does it cost.
+"""Verifies a teacher cache against its teacher, shows its content, or measures its size.
 
     python jobs/cache.py verify store/artifacts/cache/top32-0123456789ab
     python jobs/cache.py show   store/artifacts/cache/top32-0123456789ab manual-train-000007

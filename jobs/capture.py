@@ -1,9 +1,9 @@
-"""Makes the teacher cache: what the dense model says of every training token, asked once.
+"""Makes the teacher cache: the dense model's probabilities at every training token.
 
     python jobs/capture.py --config phi4_mini --dry-run
     python jobs/capture.py --teacher.k 64 --teacher.codec compact
 
-The corpus is made first where it is missing. `jobs/cache.py` looks into the result.
+The corpus is made first if it is missing. `jobs/cache.py` looks into the result.
 `sparsekd capture` is the same command.
 """
 

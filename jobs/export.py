@@ -2,7 +2,8 @@
 
     python jobs/export.py store/artifacts/distill/a0.5-lr0.001-s42-0123456789ab
 
-The settings (--config) are those it was made with. Model and dense model are judged first, for the card.
+Give the settings (--config) that the model was made with. The model and the dense model are evaluated first, for the
+model card.
 `sparsekd export` is the same command.
 """
 

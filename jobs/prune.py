@@ -5,7 +5,7 @@
     python jobs/prune.py preview --sparsity 0.35 --prune.method svd-whitened --prune.allocation optimal
     python jobs/prune.py compare --methods svd svd-whitened+optimal neurons --sparsity 0.15 0.65 --distill
 
-`preview` measures what a pruning needs and prints its table, matrix by matrix, without a model being made.
+`preview` measures the statistics that a pruning reads and prints its table, matrix by matrix. It makes no model.
 `sparsekd prune` is the same command.
 """
 

@@ -1,1 +1,1 @@
-"""Pruning methods side by side."""
+"""Compares pruning methods at equal sizes."""

@@ -1,7 +1,7 @@
-"""All pruning methods at equal sizes: the plan of the comparison, and its table, made from the finished records.
+"""Compares pruning methods at equal sizes: the plan of a comparison, and its table from the finished records.
 
-Every student comes from the same dense model, is judged untrained, and where asked for again after the same short
-distillation from the same cache. Calibrated methods are drawn several times, each with another sample of the text.
+Every student comes from the same dense model. It is evaluated untrained and, on request, again after the same short
+distillation from the same cache. A calibrated method prunes several times, each with another sample of the text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHOWN = (
 
 
 def _choices() -> dict[str, dict[str, Any]]:
-    """What a `+change` sets: each value of the pruning settings that have named values, or True of a switch."""
+    """The settings of every `+change`: a value of a pruning setting that has named values, or True for a switch."""
     changes: dict[str, dict[str, Any]] = {}
     for name, field in Prune.model_fields.items():
         if get_origin(field.annotation) is Literal and name != "method":
@@ -43,7 +43,7 @@ PLAINEST |= {"allocation": "uniform"}
 
 
 def variant(text: str, base: Prune) -> Prune:
-    """`svd-whitened+optimal+gauge` → settings: a method, then what differs from the plainest form of it."""
+    """`svd-whitened+optimal+gauge` → settings: a method, and its differences from the method's plainest form."""
     name, *changes = text.split("+")
     unknown = [change for change in changes if change not in CHANGES]
     if name not in METHODS or unknown:
@@ -61,7 +61,7 @@ def variant(text: str, base: Prune) -> Prune:
 
 
 def ignored(settings: Prune) -> list[str]:
-    """The changed settings that a comparison takes from the names of its methods instead."""
+    """Changed settings that a comparison does not use, because the names of its methods state them."""
     values = {name: getattr(settings, name) for name in ("method", *PLAINEST)}
     return [
         f"prune.{name} {value}" for name, value in values.items() if value != Prune.model_fields[name].default
@@ -77,19 +77,20 @@ def plan(
     identify: Identify,
     model_identity: Mapping[str, Any],
 ) -> tuple[list[Step], dict[str, Step]]:
-    """Every method at every sparsity and calibration draw; with `distilled`, the first draw of each trained too.
+    """Plans every method at every sparsity and calibration draw; with `distilled`, the first draw is distilled too.
 
-    The steps, and by every name the step that stands for it: what no draw changes is made once."""
+    Returns the steps, and for every name its step. Names whose steps are equal in all draws share one step.
+    """
     builder = PlanBuilder(config)
     steps.dense(builder, identify, model_identity)
-    every = [(text, sparsity, draw) for sparsity in sparsities for text in methods for draw in draws]
-    for text, sparsity, draw in every:
+    variants = [(text, sparsity, draw) for sparsity in sparsities for text in methods for draw in draws]
+    for text, sparsity, draw in variants:
         name = title(text, sparsity, draw)
         steps.prune(
             builder, name, sparsity, "dense", variant(text, config.prune), config.calibrate.seed + draw
         )
         steps.evaluate(builder, name)
-    for text, sparsity, draw in every:
+    for text, sparsity, draw in variants:
         if distilled and draw == draws[0]:
             name, signal, seed = (
                 title(text, sparsity, draw),
@@ -111,7 +112,7 @@ def rows(
     sparsities: Sequence[float],
     draws: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """One row per method and sparsity; `made`: by every name in the plan, its step and record."""
+    """One row per method and sparsity. `made`: name in the plan → step and record."""
 
     def figures(model: str) -> dict[str, Any]:
         return made[f"evaluate {model}"][1].metrics["paper"]
@@ -137,7 +138,7 @@ def rows(
 
 
 def protocol(config: Config, records: Mapping[str, Record], draws: Sequence[int]) -> str:
-    """How the figures were measured, in words."""
+    """The protocol of the figures, in words."""
     dense = records["evaluate dense"].metrics
     dtypes = sorted({record.metrics["dtype"] for record in records.values() if record.ref.kind == "evaluate"})
     rounding = "; small differences between figures of two types may be rounding" if len(dtypes) > 1 else ""
@@ -163,7 +164,7 @@ def _domains(figures: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Perplexity over counted sparsity, a line per method: untrained, and after distillation where it was done."""
+    """Draws perplexity over counted sparsity, one line per method: untrained and, if measured, after distillation."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""All methods side by side: what `sparsekd prune compare` runs, on the cascade's own steps and driver."""
+"""Runs a comparison of pruning methods with the cascade's steps and driver (`sparsekd prune compare`)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def compare(
     command: str,
     dry_run: bool,
 ) -> list[dict[str, Any]]:
-    """Makes the students of all methods at equal sizes; the rows of their table.
+    """Makes the students of all methods at equal sizes. Returns the rows of their table.
 
-    The table and a drawing are kept in the run's directory too.
+    The table and a drawing are also written to the run's directory.
     """
     identity = {} if config.model.standin else hub.identify(config.model)
     arguments = (methods, sparsities, draws)

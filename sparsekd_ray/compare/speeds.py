@@ -1,4 +1,4 @@
-"""How fast every student is beside the dense model. They are timed by one task on a worker, which has the GPU."""
+"""Speeds of every student against the dense model. One task times them on a worker, because it has the GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def measure(config: Config, store: Store, dense: Ref, students: Sequence[tuple[s
 
 
 def timed(store: Store, dense: Ref, students: Sequence[tuple[str, Ref]], gpu: bool) -> Speeds:
-    """The task: one student at a time beside the dense model, since two that are timed at once slow each other down."""
+    """The task. It times one student at a time, since two models that run at once slow each other down."""
     import torch
 
     from sparsekd_ray.evaluate import speed

@@ -1,8 +1,8 @@
-"""The whole settings tree: what a run computes (identity) and, apart from it, where and how it runs (execution).
+"""The tree of settings: what a run computes (identity) and, apart from that, where and how it runs (execution).
 
-Everything outside `Execution` changes the numbers and is fingerprinted, stage by stage, in `cascade/fingerprint.py`;
-nothing inside `Execution` ever is. A YAML file, such as those of `sparsekd_ray/configs/`, holds only what differs from
-the defaults written here; dotted options on the command line come last: defaults < YAML < `--distill.lr 3e-4`.
+Everything outside `Execution` changes the numbers and is fingerprinted, stage by stage, in `cascade/fingerprint.py`.
+Nothing inside `Execution` is. A YAML file, such as those of `sparsekd_ray/configs/`, holds only settings that differ
+from the defaults. Dotted options on the command line override both: defaults < YAML < `--distill.lr 3e-4`.
 """
 
 from sparsekd_ray.config.base import Allocation, Control, Method, Settings

@@ -1,4 +1,4 @@
-"""What all settings share: frozen, no unknown keys, and the kinds of values that several of them take."""
+"""The base class of all settings (frozen, without unknown keys), and types of values that several settings share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TeacherPolicy = Literal["dense", "dense+kd", "previous"]
 if TYPE_CHECKING:
     Method = str
 else:
-    Method = Literal[tuple(METHODS)]  # one for each `MethodSpec`
+    Method = Literal[tuple(METHODS)]  # the name of every `MethodSpec`
 Allocation = Literal["uniform", "tiered", "energy", "optimal"]
 ProtocolName = Literal["paper", "gptq", "words"]
 TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]

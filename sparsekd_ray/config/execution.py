@@ -13,11 +13,11 @@ class Card(Settings):
     """A kind of GPU."""
 
     name: str
-    """Its name, for the plan."""
+    """Name of the GPU, for the plan."""
     memory_gb: float = Field(gt=0)
-    """Its memory, in GB."""
+    """Memory of one GPU, in GB."""
     count: Positive = 1
-    """How many there are."""
+    """Number of these GPUs."""
 
 
 class Execution(Settings):
@@ -30,7 +30,7 @@ class Execution(Settings):
     workers: Positive = 2
     """Data-parallel training workers."""
     actors: Positive = 2
-    """Teacher actors of a capture, at most. Each holds one copy of the teacher."""
+    """Largest number of teacher actors of a capture. Each holds one copy of the teacher."""
     gpus: bool = False
     """Ask Ray for one GPU per worker and per teacher actor."""
     threads: Positive = 2
@@ -42,10 +42,11 @@ class Execution(Settings):
     recompute: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
     micro_batch: Positive = 8
-    """Sequences per worker and forward pass, at most. It does not change the result."""
+    """Largest number of sequences per worker and forward pass. It does not change the result."""
     max_failures: int = Field(3, ge=0)
     """Restarts of a training worker group before the run gives up."""
     tracker: TrackerName | None = None
-    """Where the live figures go besides `metrics.jsonl`: its package must be installed where the driver runs."""
+    """Tracker that receives the live figures besides `metrics.jsonl`. Its package must be installed on the driver's
+    machine."""
     cards: tuple[Card, ...] = ()
     """The GPUs that you mean to use, for the estimates of a plan."""

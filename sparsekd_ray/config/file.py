@@ -22,7 +22,7 @@ def shipped() -> dict[str, Path]:
 
 
 def load(path: Path | str) -> Config:
-    """Reads a YAML file, or the shipped configuration of that name; ConfigError names the file and every wrong key."""
+    """Reads a YAML file, or the shipped configuration of that name. A ConfigError names the file and all wrong keys."""
     path = shipped().get(str(path), Path(path))
     try:
         tree = yaml.safe_load(path.read_text())
@@ -47,11 +47,11 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
 
 
 def explain(error: Any) -> str:
-    """One line for one pydantic error: key, what was found, what is allowed, the nearest known key."""
+    """One line for one pydantic error: the key, the value found, what is allowed, the nearest known key."""
     where = ".".join(str(part) for part in error["loc"]) or "settings"
     if error["type"] != "extra_forbidden":
-        found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}{found}"
+        value = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}{value}"
     known = _known_keys(error["loc"][:-1])
     close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
@@ -71,5 +71,5 @@ def _settings_class(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
     return next(
-        (found for arg in getattr(annotation, "__args__", ()) if (found := _settings_class(arg))), None
+        (inner for arg in getattr(annotation, "__args__", ()) if (inner := _settings_class(arg))), None
     )

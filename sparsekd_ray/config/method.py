@@ -1,4 +1,4 @@
-"""Settings of the method: what is kept of the teacher, how a model is pruned, how a student learns."""
+"""Settings of the method: the teacher's cache, pruning, distillation, the cascade, evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsekd_ray.prune import methods
 
 
 class Teacher(Settings):
-    """What is kept of the teacher at each position, and in which form."""
+    """The teacher's cache: what it holds at each position, and in which form."""
 
     signal: Literal["topk", "sampled"] = "topk"
     """topk: the k likeliest ids with exact log-normalisers, readable at each stored temperature. sampled: an unbiased
@@ -34,7 +34,7 @@ class Teacher(Settings):
     """topk: temperatures whose log-normaliser over the whole vocabulary is stored; 1 needs none. sampled: the one
     temperature of the sample."""
     bytes_per_token: float = Field(16.0, gt=2)
-    """sampled: size to aim at. It decides the threshold above which probabilities are kept exactly."""
+    """sampled: target size. It decides the threshold above which probabilities are kept exactly."""
 
     @model_validator(mode="after")
     def _one_temperature(self) -> Teacher:
@@ -48,7 +48,7 @@ class Teacher(Settings):
 
 
 class Calibrate(Settings):
-    """What pruning measures of a model on the training text: Gram matrices, Fisher scalars, hidden-state angles."""
+    """Statistics that pruning measures on the training text: Gram matrices, Fisher scalars, hidden-state angles."""
 
     samples: Positive = 64
     """Training sequences to measure on, from all domains. Their tokens should be at least four times the inputs of the
@@ -58,7 +58,7 @@ class Calibrate(Settings):
 
 
 class Prune(Settings):
-    """How a model gets smaller, to an exact budget of MLP parameters."""
+    """How a model is pruned to an exact budget of MLP parameters."""
 
     method: Method = Field("svd", description=methods.in_words())
     allocation: Allocation = "tiered"
@@ -96,7 +96,7 @@ class Distill(Settings):
     batch: Positive = 8
     """Sequences per optimiser step, over all workers."""
     epochs: float = Field(1.0, gt=0)
-    """Passes over the training samples, at most."""
+    """Largest number of passes over the training samples."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises linearly. It then falls to a tenth along a cosine."""
     weight_decay: float = Field(0.0, ge=0)
@@ -119,7 +119,7 @@ class Round(Settings):
     sparsity: Fraction
     """Share of the dense model's MLP parameters that is removed after this round."""
     teacher: TeacherPolicy = "dense"
-    """Whose probabilities the student learns: the dense model's, Dense+KD's, or the previous round's student's."""
+    """Teacher of the student: the dense model, Dense+KD, or the student of the previous round."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate of this round, if it differs from `distill.lr`."""
 
@@ -134,7 +134,7 @@ class Baseline(Settings):
     allocation: Allocation = "optimal"
     """How the svd methods divide the budget between matrices. The other methods do not read it."""
     teacher: Literal["dense", "dense+kd"] = "dense"
-    """Whose probabilities the student learns: the dense model's or Dense+KD's."""
+    """Teacher of the student: the dense model or Dense+KD."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate, if it differs from `distill.lr`."""
     epochs: float | None = Field(None, gt=0)

@@ -1,4 +1,4 @@
-"""The whole tree of settings, and the checks across its sections."""
+"""The root of the settings tree, and checks that concern several of its sections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Negative log-likelihoods of windows of tokens, and the perplexity that they give.
+"""Negative log-likelihoods of windows of tokens, and perplexity.
 
 Shapes: B windows of one length, L predictions per window, N = B · L, n rows of a chunk, D hidden size, V vocabulary.
 """
@@ -22,26 +22,26 @@ TOKENS_PER_BATCH = 8192
 
 
 class Window(NamedTuple):
-    """Consecutive tokens. The last `scored` of them are judged, each given all tokens before it in the window."""
+    """Consecutive tokens. The last `scored` of them are predicted, each from all tokens before it in the window."""
 
     tokens: np.ndarray
     scored: int
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """First token of every whole window over `length` tokens; [0], a short window, where the text is shorter."""
+    """Starts of all complete windows over `length` tokens; [0] (one short window) if the text is shorter."""
     return list(range(0, length - window + 1, stride)) or [0]
 
 
 def windows(stream: np.ndarray, window: int, stride: int) -> list[Window]:
-    """The windows of a stream, judged by every token but their first."""
+    """The windows of a stream. Every token of a window but the first is scored."""
     parts = (stream[start : start + window] for start in window_starts(len(stream), window, stride))
     return [Window(tokens, len(tokens) - 1) for tokens in parts]
 
 
 @torch.no_grad()
 def window_nll(model: PreTrainedModel, given: Sequence[Window]) -> list[float]:
-    """Negative log-likelihood in nats of each window's scored tokens, in order; equally long windows run together."""
+    """Negative log-likelihood in nats of each window's scored tokens, in order. Windows of one length run together."""
     totals = [0.0] * len(given)
     for places in _batches([len(window.tokens) for window in given]):
         tokens_BL = torch.from_numpy(np.stack([given[place].tokens for place in places])).long()
@@ -52,7 +52,7 @@ def window_nll(model: PreTrainedModel, given: Sequence[Window]) -> list[float]:
 
 
 def _batches(lengths: Sequence[int]) -> Iterable[list[int]]:
-    """Places of windows that run together: one length, about `TOKENS_PER_BATCH` tokens."""
+    """Indices of windows that run together: all of one length, about `TOKENS_PER_BATCH` tokens in total."""
     by_length: dict[int, list[int]] = {}
     for place, length in enumerate(lengths):
         by_length.setdefault(length, []).append(place)
@@ -64,7 +64,7 @@ def _batches(lengths: Sequence[int]) -> Iterable[list[int]]:
 def token_nll(model: PreTrainedModel, tokens_BL: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood [B, L] of every token but the first of each window [B, L + 1].
 
-    The last token is not given to the model: it is only predicted, so a window may be one longer than the context.
+    The last token is only predicted and no input of the model, so a window may be one longer than the context.
     """
     hidden_BLD = head.hidden_states(model, tokens_BL[:, :-1])
     logits = head.chunks(hidden_BLD.flatten(0, 1), head.weight(model))
@@ -75,4 +75,4 @@ def token_nll(model: PreTrainedModel, tokens_BL: torch.Tensor) -> torch.Tensor:
 
 def perplexity(nll: Iterable[float], count: int) -> float:
     """exp of the mean over `count` predictions (or words)."""
-    return math.exp(min(math.fsum(nll) / count, 700.0))  # a diverged model's figure stays a finite number
+    return math.exp(min(math.fsum(nll) / count, 700.0))  # finite also for a diverged model

@@ -1,9 +1,10 @@
-"""Speed of a model against another: prefill and decode, measured in turns, with the limits of arithmetic and memory.
+"""Speed of a student against a dense model: prefill and decode, measured in turns, with their theoretical limits.
 
 Prefill is bound by arithmetic: its limit is the ratio of floating-point operations per token (only the last token's
 logits are computed, as a server does). Decoding one sequence is bound by memory: its limit is the ratio of weight bytes
-read per token. Small models reach neither, since starting each kernel takes longer than its work; the ratio of
-measured to limit says how far off a measurement is. Masks change neither limit: zeros are multiplied like any number.
+read per token. Small models reach neither limit, since starting a kernel takes longer than its work. The ratio of
+measured speed-up to limit says how far off a measurement is. Masks change neither limit: zeros are multiplied like any
+other number.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def flops_per_token(config: spec.Config, context: int) -> float:
 
 
 def bytes_per_token(config: spec.Config, itemsize: int) -> float:
-    """Bytes of weights that are read to decode one token of one sequence: all but an untied input embedding."""
+    """Bytes of weights read to decode one token of one sequence: all weights but an untied input embedding."""
     values = spec.config_dict(config)
     table = math.prod(spec.sizes(values, "vocab_size", "hidden_size"))
     return itemsize * (spec.total_parameters(values) - (0 if values.get("tie_word_embeddings") else table))
@@ -50,31 +51,34 @@ def limits(dense: spec.Config, student: spec.Config, context: int) -> dict[str, 
 def compare(
     dense: PreTrainedModel, student: PreTrainedModel, *, prompt: int, new_tokens: int, repeats: int
 ) -> dict[str, float]:
-    """Speeds of two models in memory and how many times faster the student is, medians over `repeats` turns.
+    """Speeds of the student and its speed-ups over the dense model, as medians over `repeats` turns.
 
-    `prompt`: tokens of one sequence in a prefill, and before the decoding of `new_tokens` more, one at a time.
+    A turn prefills one sequence of `prompt` tokens, then decodes `new_tokens` more, one at a time.
     """
     figures: dict[str, list[float]] = {}
     for turn in range(repeats + 1):
-        one, other = timed(dense, prompt, new_tokens), timed(student, prompt, new_tokens)
-        if turn:  # the first warms up
+        dense_seconds = timed(dense, prompt, new_tokens)
+        student_seconds = timed(student, prompt, new_tokens)
+        if turn:  # the first turn warms up
             for regime, tokens in (("prefill", prompt), ("decode", new_tokens)):
-                figures.setdefault(f"{regime}_tokens_per_s", []).append(tokens / other[regime])
-                figures.setdefault(f"{regime}_speedup", []).append(one[regime] / other[regime])
+                figures.setdefault(f"{regime}_tokens_per_s", []).append(tokens / student_seconds[regime])
+                figures.setdefault(f"{regime}_speedup", []).append(
+                    dense_seconds[regime] / student_seconds[regime]
+                )
     medians = {name: statistics.median(values) for name, values in figures.items()}
     return medians | limits(dense, student, prompt)
 
 
 @torch.inference_mode()
 def timed(model: PreTrainedModel, prompt: int, new_tokens: int) -> dict[str, float]:
-    """Seconds of one prefill, and of decoding after it."""
+    """Seconds of one prefill and of the decoding after it."""
     ids = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size
     started = _now(model)
-    found = model(ids, use_cache=True, logits_to_keep=1)
+    output = model(ids, use_cache=True, logits_to_keep=1)
     filled = _now(model)
     for _ in range(new_tokens):
-        following = found.logits[:, -1:].argmax(-1)
-        found = model(following, past_key_values=found.past_key_values, use_cache=True, logits_to_keep=1)
+        following = output.logits[:, -1:].argmax(-1)
+        output = model(following, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
     return {"prefill": filled - started, "decode": _now(model) - filled}
 
 
@@ -85,7 +89,7 @@ def _now(model: PreTrainedModel) -> float:
 
 
 def _heads(values: dict[str, object]) -> int:
-    """Numbers in all query heads together."""
+    """Total width of all query heads."""
     attention = families.meta_model(spec.stock_values(values)).get_submodule(
         "model.layers.0.self_attn.o_proj"
     )
