@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -48,16 +47,9 @@ def log_row(training: Training, figures: Mapping[str, object]) -> None:
         steps=training.steps,
         tokens=step * training.positions,
         lr=training.learning_rate(max(0, step - 1)),
-        memory_gb=_memory_gb(training.engine.device),
+        memory_gb=metrics.memory_gb(training.engine.device),
         **figures,
     )
-
-
-def _memory_gb(device: torch.device) -> float:
-    """The most that was in use on a GPU since it started, or what this process uses of the host's memory now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return float(psutil.Process().memory_info().rss / 1e9)
 
 
 def progress_line(training: Training) -> str:

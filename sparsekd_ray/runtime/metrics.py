@@ -16,9 +16,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from sparsekd_ray.runtime.logging import METRICS, attached
 from sparsekd_ray.store import Store
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,16 @@ def log(stage: str, kind: str, **values: object) -> None:
 def log_interval(steps: int) -> int:
     """Steps between two rows of a training, so that a training of any length gives about 200 rows."""
     return max(1, steps // 200)
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most that was in use on a GPU since it started, or what this process uses of the host's memory now."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return float(psutil.Process().memory_info().rss / 1e9)
 
 
 class MetricsFile:

@@ -45,8 +45,9 @@ from sparsekd_ray.distill.schedule import learning_rate
 from sparsekd_ray.errors import CorpusError, IntegrityError, ModelError
 from sparsekd_ray.evaluate.perplexity import perplexity, token_nll, window_nll, windows
 from sparsekd_ray.model import loading, saving, spec
+from sparsekd_ray.model.families import FAMILIES
 from sparsekd_ray.runtime.logging import log_progress
-from sparsekd_ray.runtime.metrics import TRAINING, log, log_interval
+from sparsekd_ray.runtime.metrics import TRAINING, log, log_interval, memory_gb
 from sparsekd_ray.standin.muon import Muon
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,6 @@ RECENT = 40  # steps behind the reported training loss
 
 StandinConfig = Phi3Config | Qwen3Config
 StandinModel = Phi3ForCausalLM | Qwen3ForCausalLM
-NAMES = {"phi3": "Phi-3", "qwen3": "Qwen3"}
 
 
 class Checkpoints(Protocol):
@@ -138,11 +138,12 @@ def pretrain(
         run.learn(_batch(rows_RL, run.step, settings.batch, seed), share)
         run.seconds += time.monotonic() - started
         log_progress(logger, _progress_line(run, rows_RL.shape[1], settings))
-        if run.step % log_interval(settings.steps) == 0:
-            log("dense", TRAINING, step=run.step, steps=settings.steps, loss=run.losses[-1], lr_share=share)
+        if run.step % log_interval(settings.steps) == 0 and run.step < settings.steps:
+            _log_row(run, rows_RL.shape[1], settings, share)
         if run.step % every == 0 and run.step < settings.steps:
             checkpoints.save(run.step, run.save(out / "checkpoints"))
     metrics = _metrics(run, rows_RL, valid_RL, settings)
+    _log_row(run, rows_RL.shape[1], settings, share, valid_ppl=metrics["valid_ppl"])
     saving.save(run.model, tokens_dir / "tokenizer", out, _card(metrics, settings))
     return metrics
 
@@ -171,12 +172,6 @@ def _rows(tokens_dir: Path, split: str) -> np.ndarray:
 
 def _config(settings: Standin, tokens_dir: Path, context: int) -> StandinConfig:
     """The configuration. Its vocabulary is the tokenizer's, its context the length of the sequences."""
-    sizes = f"hidden {settings.hidden}, heads {settings.heads}, kv_heads {settings.kv_heads}"
-    if settings.hidden % (2 * settings.heads) or settings.heads % settings.kv_heads:
-        raise ModelError(
-            f"model.standin has {sizes}: hidden must be a multiple of 2 · heads (rotary positions turn "
-            "pairs), and heads a multiple of kv_heads"
-        )
     tokenizer = AutoTokenizer.from_pretrained(tokens_dir / "tokenizer")
     values: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -300,6 +295,24 @@ def _progress_line(run: _Run, length: int, settings: Standin) -> str:
     )
 
 
+def _log_row(run: _Run, length: int, settings: Standin, share: float, **validation: float) -> None:
+    """One row of live figures, by the names of `distill.figures`. `share` is that of the peak learning rates."""
+    tokens = run.step * settings.batch * length
+    log(
+        "dense",
+        TRAINING,
+        step=run.step,
+        steps=settings.steps,
+        tokens=tokens,
+        ce=run.losses[-1],
+        lr=settings.lr * share,
+        lr_adam=settings.lr_adam * share,
+        tokens_per_s=tokens / run.seconds,
+        memory_gb=memory_gb(torch.device("cpu")),
+        **validation,
+    )
+
+
 def _metrics(run: _Run, rows_RL: np.ndarray, valid_RL: np.ndarray, settings: Standin) -> dict[str, Any]:
     length = rows_RL.shape[1]
     valid_windows = windows(valid_RL.reshape(-1), length, length)
@@ -320,7 +333,7 @@ def _metrics(run: _Run, rows_RL: np.ndarray, valid_RL: np.ndarray, settings: Sta
 
 
 def _card(metrics: dict[str, Any], settings: Standin) -> str:
-    name = NAMES[settings.family]
+    name = FAMILIES[settings.family].name
     return f"""---
 library_name: transformers
 tags: [sparsekd-ray, stand-in]

@@ -23,8 +23,10 @@ from sparsekd_ray.config import Model, Standin
 from sparsekd_ray.corpus import read_rows
 from sparsekd_ray.corpus.shards import domain_table, write_shards
 from sparsekd_ray.model import hub, spec
+from sparsekd_ray.runtime import metrics
 from sparsekd_ray.standin import pretrain
 from sparsekd_ray.standin.muon import QUINTIC, STEPS, Muon, orthogonalise
+from sparsekd_ray.store import Store
 
 SMALL = Standin(
     hidden=32,
@@ -360,9 +362,33 @@ def test_less_than_one_batch_is_refused(texts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"heads": 3}, {"hidden": 34}, {"heads": 4, "kv_heads": 3}])
-def test_sizes_that_do_not_fit_are_refused(texts: Path, tmp_path: Path, change: dict[str, int]) -> None:
-    with pytest.raises(errors.ModelError, match="multiple of"):
-        train(texts, tmp_path, Folder(tmp_path / "kept"), SMALL.model_copy(update=change))
+def test_sizes_that_do_not_fit_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="multiple of"):
+        Standin.model_validate(SMALL.model_dump() | change)
+
+
+def test_live_figures_have_the_names_of_a_distillations(texts: Path, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    with metrics.recording(store, "metrics.jsonl"):
+        measured = train(texts, tmp_path, Folder(tmp_path / "kept"))
+    rows = [json.loads(line) for line in (store.read_text("metrics.jsonl") or "").splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, SMALL.steps + 1))
+    names = {
+        "stage",
+        "kind",
+        "time",
+        "step",
+        "steps",
+        "tokens",
+        "ce",
+        "lr",
+        "lr_adam",
+        "tokens_per_s",
+        "memory_gb",
+    }
+    assert all(row.keys() - {"valid_ppl"} == names for row in rows)
+    assert max(row["lr"] for row in rows) == pytest.approx(SMALL.lr)
+    assert rows[-1]["valid_ppl"] == measured["valid_ppl"] and "valid_ppl" not in rows[0]
 
 
 def test_divergence_is_an_error(texts: Path, tmp_path: Path) -> None:
