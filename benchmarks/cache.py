@@ -1,4 +1,4 @@
-"""What a cached token costs and loses (`cache-size`), and how fast it comes back (`cache-read`)."""
+"""Bytes and errors of a cached token (`cache-size`), and the speed of reading a cache (`cache-read`)."""
 
 from __future__ import annotations
 

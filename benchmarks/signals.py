@@ -1,4 +1,4 @@
-"""Does a sparse signal teach as much as the whole? One student trained from each, same start, samples and steps.
+"""Compares students of sparse signals with a student of the full distribution: same start, samples and steps.
 
 KL alone (no cross-entropy), in this process, AdamW with the cascade's schedule. Judged on held-out text: perplexity on
 windows that do not overlap, and KL to the teacher over the whole vocabulary at T = 1.

@@ -1,4 +1,4 @@
-"""Stand-ins for what is not at hand: a teacher's logits over a real vocabulary's size, and a teacher with weights.
+"""Synthetic data: a teacher's logits over a vocabulary of real size, and a teacher with random weights.
 
 The logits are Zipf's law over ids that are numbered from frequent to rare, as tokenizers number them, plus normal noise
 of 1.5, plus 40 ids that the context prefers, drawn from Zipf's law, by 4 nat on average. So the likeliest id has about

@@ -1,4 +1,4 @@
-"""What a reproduction of SparseKD is expected to show, beside what a run shows."""
+"""Compares a run with the results that a reproduction of SparseKD is expected to show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLLAPSE, RECOVERED, PARITY = 5.0, 0.90, 1.05
 class Measured(NamedTuple):
     figure: str
     met: bool | None
-    """None where it was not measured."""
+    """None if it was not measured."""
     sentence: str
 
 

@@ -24,7 +24,7 @@ def compared(row: Row, base: Row) -> str:
 
 
 def excess(row: Row, base: Row) -> float | None:
-    """By how much perplexity just after pruning exceeds `base`; None for a tie, of which no share can be recovered."""
+    """Perplexity just after pruning minus that of `base`; None for a tie, since it leaves nothing to recover."""
     pre = row["pre_ppl"]
     return pre - base["ppl"] if pre is not None and pre > base["ppl"] * (1 + TIE) else None
 

@@ -1,4 +1,4 @@
-"""What a run shows: `report.html` (one self-contained file), `report.md`, and `summary.json` for machines.
+"""Writes a run's report: `report.html` (one self-contained file), `report.md`, and `summary.json` for programs.
 
 `summary.json` holds the document of `document.py`, the findings in sentences, and under "fields" the meaning of each
 field.

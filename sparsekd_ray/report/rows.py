@@ -15,7 +15,7 @@ Records = Mapping[str, Record]
 
 
 class RunIndex:
-    """Looks artifacts up by a step's name, also where an equal step earlier in the plan stands for it."""
+    """Looks up artifacts by the name of a step. An equal earlier step of the plan may stand for the named step."""
 
     def __init__(self, config: Config, steps: list[Step], records: Records) -> None:
         self.config = config
@@ -33,7 +33,7 @@ class RunIndex:
         return own if own in self.steps else seeded("round 1", self.config, seed)
 
     def evaluation(self, model: str) -> dict[str, Any]:
-        """What was measured of a model, by the name of the step that made it."""
+        """The figures of a model, by the name of the step that made it."""
         return self.metrics(self.by_input["evaluate", model].name)
 
 
@@ -134,7 +134,7 @@ def _row(
 
 
 def _mean(evaluations: dict[str, dict[str, Any]], protocol: str) -> float | None:
-    """Over seeds; None where the protocol was not measured."""
+    """Mean perplexity over seeds; None if the protocol was not measured."""
     measured = [of_seed[protocol]["ppl"] for of_seed in evaluations.values() if protocol in of_seed]
     return fmean(measured) if measured else None
 

@@ -1,4 +1,4 @@
-"""From the records of a finished plan to the one document that report.html, report.md and summary.json are made of."""
+"""Makes the document behind report.html, report.md and summary.json from the records of a finished plan."""
 
 from __future__ import annotations
 

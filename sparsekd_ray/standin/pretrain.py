@@ -186,7 +186,7 @@ def _config(settings: Standin, tokens_dir: Path, context: int) -> StandinConfig:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if settings.family == "qwen3":  # whose heads are 128 wide unless told otherwise
+    if settings.family == "qwen3":  # its heads are 128 wide by default
         return Qwen3Config(head_dim=settings.hidden // settings.heads, **values)
     return Phi3Config(original_max_position_embeddings=context, **values)
 
