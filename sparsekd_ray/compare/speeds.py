@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sparsekd_ray.config import Config
 from sparsekd_ray.store import Ref, Store
+from sparsekd_ray.store.dtype import dtype_on
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def timed(store: Store, dense: Ref, students: Sequence[tuple[str, Ref]], gpu: bo
     from sparsekd_ray.evaluate import speed
     from sparsekd_ray.model import loading
 
-    place = {"device": "cuda", "dtype": "bfloat16"} if gpu else {"device": "cpu", "dtype": "float32"}
+    place = {"device": "cuda" if gpu else "cpu", "dtype": dtype_on(gpu)}
     reference = loading.load(store.fetch(dense), **place)
     context = reference.config.max_position_embeddings
     new_tokens = min(NEW_TOKENS, context // 2)

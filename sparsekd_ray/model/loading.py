@@ -43,20 +43,6 @@ def mlp_matrix(model: PreTrainedModel, name: str) -> torch.Tensor:
     return _read_projection(model, name, lambda module: low_rank.product(module.state_dict()))
 
 
-def mlp_bias(model: PreTrainedModel, name: str) -> torch.Tensor | None:
-    """The output bias [m] of one MLP matrix in float64, names as in `mlp_matrix`; None in a model without biases."""
-    import torch
-
-    if not spec.mlp_storage(model).bias:
-        return None
-
-    def bias(module: nn.Module) -> torch.Tensor:  # a dense matrix of such a model has none
-        bias_m = getattr(module, "bias", None)
-        return torch.zeros(int(getattr(module, "out_features"))) if bias_m is None else bias_m.detach()  # noqa: B009
-
-    return _read_projection(model, name, lambda module: bias(module).double())
-
-
 def _read_projection(
     model: PreTrainedModel, name: str, read: Callable[[nn.Module], torch.Tensor]
 ) -> torch.Tensor:

@@ -80,14 +80,6 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def with_mlps(model: PreTrainedModel, mlps: Sequence[MLP]) -> PreTrainedModel:
-    """A stock model with other values in its MLPs, of the same width. Raises ValueError where shapes differ."""
-    width, present = _common_width(model, mlps), int(model.config.intermediate_size)
-    if width != present:
-        raise ValueError(f"MLPs of {width} neurons for a model of {present}: with_width changes the width")
-    return with_width(model, mlps)
-
-
 def with_width(model: PreTrainedModel, mlps: Sequence[MLP]) -> PreTrainedModel:
     """A stock model of the same family with these MLPs, one for each layer, all of one width.
 

@@ -2,7 +2,8 @@
 
 These are controls. They show what is lost when shapes stay as they are: nothing gets smaller or faster, since a
 dense matrix product costs the same with zeros in it. The zeros go into the given model. It is not copied, so a
-model that fills most of a GPU still fits. The result is a stock model whose config says `sparsekd_mask`.
+model that fills most of a GPU still fits. The result is a stock model; `structured.masked` writes `sparsekd_mask` into
+its config.
 
 Wanda (Sun et al. 2023) scores a weight by |W_ij| · ‖X_j‖₂, with X_j the j-th input over all calibration tokens, and
 drops the lowest of each output row. It goes through the layers in order, and the inputs that it measures at a layer
@@ -72,7 +73,6 @@ def magnitude(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
     for layer in range(layer_count(model)):
         for weight in mlp_weights(model, layer).values():
             weight.masked_fill_(~magnitude_mask(weight, sparsity), 0)
-    model.config.sparsekd_mask = "magnitude"
     return model
 
 
@@ -105,7 +105,6 @@ def wanda(model: PreTrainedModel, ids_BL: torch.Tensor, sparsity: float) -> PreT
             weight.masked_fill_(~wanda_mask(weight, norm_n, sparsity), 0)
         for i, part_bLD in enumerate(hidden):
             hidden[i] = layer(part_bLD, **arguments[len(part_bLD)][index])
-    model.config.sparsekd_mask = "wanda"
     return model
 
 

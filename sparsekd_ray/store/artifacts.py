@@ -12,7 +12,7 @@ a cache.
     store = Store("s3://bucket/sparsekd")
     with store.building(ref) as out:
         metrics = stage(store.fetch(corpus), out)
-    store.commit(ref, identity=settings, inputs={"corpus": corpus.fingerprint}, metrics=metrics, seconds=12.5)
+    store.commit(ref, identity=settings, inputs={"corpus": corpus.key}, metrics=metrics, seconds=12.5)
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import json
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,11 +89,8 @@ class TeacherActor:
             signal = self.forward.signal(rows, self.manifest)
         if self.store.pull(self.out, name):  # another attempt was faster
             return len(rows)
-        with self.store.building(self.out) as folder:
-            unfinished = folder / f".{name}.{uuid.uuid4().hex}.tmp"  # renamed once it is whole
-            shards.write(unfinished, rows, signal, self.manifest)
-            unfinished.replace(folder / name)
-            self.store.publish(self.out, name)
+        with self.store.publishing(self.out, name) as path:
+            shards.write(path, rows, signal, self.manifest)
         return len(rows)
 
     def rows(self, index: int) -> pa.Table:

@@ -11,7 +11,7 @@ from typing import Any
 import pruning
 import pytest
 import torch
-from models import FAMILIES
+from models import FAMILIES, mlp_bias
 from pruning import DENSE, LOW_RANK, PREDICTED, SETTINGS, TEXTS, elements, finish
 
 from benchmarks.s3_server import free_port
@@ -108,7 +108,7 @@ def measured_loss(store: Store, asked: Task, names: Iterable[str]) -> dict[str, 
         missing_mn = loading.mlp_matrix(before, name) - loading.mlp_matrix(after, name)
         error_Nm = x_Nn @ missing_mn.T
         for model, sign in ((before, 1), (after, -1)):
-            if (bias_m := loading.mlp_bias(model, name)) is not None:
+            if (bias_m := mlp_bias(model, name)) is not None:
                 error_Nm = error_Nm + sign * bias_m
         square_m = error_Nm.square().mean(0)
         if asked.settings.method == "svd":

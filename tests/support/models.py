@@ -85,7 +85,7 @@ def student_of(
             del state[f"{part}.weight"]
     student = loading.rebuild(dense, dict.fromkeys(names, rank), state, gauge=form.gauge, bias=form.bias)
     for name in names:
-        parts, bias = parts_of(dense, name), loading.mlp_bias(student, name)
+        parts, bias = parts_of(dense, name), mlp_bias(student, name)
         for i, part in enumerate(parts):
             layer = dense.get_submodule(part)
             layer.weight.data = loading.mlp_matrix(student, name).float().chunk(len(parts))[i]
@@ -101,6 +101,18 @@ def low_rank_tensors(form: Form, name: str, W_mn: torch.Tensor, rank: int) -> di
     if form.bias:
         held["bias"] = torch.randn(len(W_mn))
     return {f"{name}.{key}": tensor for key, tensor in held.items()}
+
+
+def mlp_bias(model: transformers.PreTrainedModel, name: str) -> torch.Tensor | None:
+    """The output bias [m] of one MLP matrix in float64, names as in `mlp_matrix`; None in a model without biases."""
+    if not spec.mlp_storage(model).bias:
+        return None
+
+    def bias(module: torch.nn.Module) -> torch.Tensor:  # a dense matrix of such a model has none
+        bias_m = getattr(module, "bias", None)
+        return torch.zeros(int(getattr(module, "out_features"))) if bias_m is None else bias_m.detach()  # noqa: B009
+
+    return loading._read_projection(model, name, lambda module: bias(module).double())
 
 
 def parts_of(dense: transformers.PreTrainedModel, name: str) -> list[str]:

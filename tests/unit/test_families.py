@@ -75,7 +75,7 @@ def test_stock_students_of_every_family_reload(family: str, kind: str, tmp_path:
         cut = mlp.without_layers(model, [1])
         expected = skipping(model, 1)
     else:
-        cut = mlp.with_mlps(model, [mlp.mlp_of(model, layer) for layer in range(3)])
+        cut = mlp.with_width(model, [mlp.mlp_of(model, layer) for layer in range(3)])
         cut.get_submodule("model.layers.0.mlp.down_proj").weight.data[:, ::2] = 0
         cut.config.sparsekd_mask = "wanda"
         expected = logits(cut)

@@ -18,6 +18,7 @@ from models import (
     dense_model,
     logits,
     low_rank_tensors,
+    mlp_bias,
     sparse_directory,
     student_of,
 )
@@ -70,7 +71,7 @@ def test_matrices_and_biases_are_found_by_every_name(form: Form) -> None:
     for name, module in product.named_modules():
         if ".mlp." in name and isinstance(module, torch.nn.Linear):
             torch.testing.assert_close(loading.mlp_matrix(sparse, name).float(), module.weight.data)
-            bias = loading.mlp_bias(sparse, name)
+            bias = mlp_bias(sparse, name)
             if not form.bias:
                 assert bias is None
             else:

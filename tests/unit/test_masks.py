@@ -11,7 +11,7 @@ from models import FAMILIES, dense_directory, dense_model, logits
 from sparsekd_ray.errors import ConfigError, ModelError
 from sparsekd_ray.model import loading, saving
 from sparsekd_ray.model import masks as held_zeros
-from sparsekd_ray.model.mlp import mlp_of, mlp_weights, with_mlps
+from sparsekd_ray.model.mlp import mlp_of, mlp_weights, with_width
 from sparsekd_ray.prune import masks
 
 torch.set_num_threads(1)
@@ -87,6 +87,12 @@ def test_bad_matrices_are_refused() -> None:
 # whole models
 
 
+def marked(model: Any) -> Any:
+    """With the mark of its mask, as the prune stage leaves it."""
+    model.config.sparsekd_mask = "magnitude"
+    return model
+
+
 @torch.no_grad()
 def naive_wanda(model: torch.nn.Module, ids_BL: torch.Tensor, sparsity: float) -> None:
     """Prunes in place; the whole, partly pruned model runs once for every layer."""
@@ -111,10 +117,10 @@ def naive_wanda(model: torch.nn.Module, ids_BL: torch.Tensor, sparsity: float) -
 def test_wanda_sees_what_the_pruned_model_would_show(kind: str, dtype: torch.dtype) -> None:
     model = dense_model(kind.partition("-")[0], True, **KINDS[kind]).to(dtype)
     # `.to` rounds the rotary table too; a copy has it in fp32, as every model that is loaded
-    model = with_mlps(model, [mlp_of(model, layer) for layer in range(3)])
+    model = with_width(model, [mlp_of(model, layer) for layer in range(3)])
     given = copy.deepcopy(model)
     found = masks.wanda(given, text(), 0.5)
-    assert found is given and found.config.sparsekd_mask == "wanda", "no second copy of the model is made"
+    assert found is given, "no second copy of the model is made"
     naive_wanda(model, text(), 0.5)
     for name, tensor in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
@@ -159,7 +165,7 @@ def test_share_of_zeros_is_exact_and_grows(family: str, method: str, sparsity: f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_model_is_stock_and_remembers_its_mask(family: str, tmp_path: Path) -> None:
     source = dense_directory(tmp_path / "dense", family, True)
-    model = masks.magnitude(loading.load(source, dtype="bfloat16"), 0.5)
+    model = marked(masks.magnitude(loading.load(source, dtype="bfloat16"), 0.5))
     saving.save(model, source, tmp_path / "out", "card")
     loaded = loading.load(tmp_path / "out")
     assert type(loaded) is type(dense_model(family, True)) and loaded.config.sparsekd_mask == "magnitude"
@@ -184,7 +190,7 @@ def test_bad_values_are_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("held", [True, False])
 def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, held: bool) -> None:
-    model = masks.wanda(dense_model(family, True).to(dtype), text(4), 0.5).train()
+    model = marked(masks.wanda(dense_model(family, True).to(dtype), text(4), 0.5)).train()
     before = {name: weight.detach().clone() for name, weight in weights(model).items()}
     zeros = held_zeros.freeze_zeros(model) if held else {name: weight == 0 for name, weight in before.items()}
     assert {name: int(z.sum()) for name, z in zeros.items()} == {
@@ -206,7 +212,7 @@ def test_zeros_stay_through_adamw_only_if_held(family: str, dtype: torch.dtype, 
 
 
 def test_violations_name_the_matrix_and_hold_needs_a_mask() -> None:
-    model = masks.magnitude(dense_model("qwen3", True), 0.5)
+    model = marked(masks.magnitude(dense_model("qwen3", True), 0.5))
     zeros = held_zeros.freeze_zeros(model)
     name = "model.layers.1.mlp.up_proj"
     weights(model)[name].data[zeros[name]] = 1.0
@@ -215,7 +221,7 @@ def test_violations_name_the_matrix_and_hold_needs_a_mask() -> None:
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_a_zero() -> None:
-    model = masks.magnitude(dense_model("phi3", True), 0.5)
+    model = marked(masks.magnitude(dense_model("phi3", True), 0.5))
     zeros = held_zeros.freeze_zeros(model)
     (sum(weight.sum() for weight in weights(model).values()) * torch.inf).backward()
     assert all((weight.grad[zeros[name]] == 0).all() for name, weight in weights(model).items())

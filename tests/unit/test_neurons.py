@@ -9,7 +9,7 @@ from models import FAMILIES, dense_directory, dense_model, logits
 from sparsekd_ray.errors import ConfigError, ModelError
 from sparsekd_ray.model import loading, saving, spec
 from sparsekd_ray.model.low_rank import LowRankLinear
-from sparsekd_ray.model.mlp import MLP, mlp_of, view, with_mlps, with_width
+from sparsekd_ray.model.mlp import MLP, mlp_of, view, with_width
 from sparsekd_ray.prune import neurons
 
 torch.set_num_threads(1)
@@ -342,7 +342,7 @@ def test_narrower_model_is_the_model_with_neurons_off(
     for mlp in off:
         mlp.down_DI[:, [i for i in range(45) if i not in K]] = 0
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.1}
-    torch.testing.assert_close(logits(narrow), logits(with_mlps(model, off)), **tolerance)
+    torch.testing.assert_close(logits(narrow), logits(with_width(model, off)), **tolerance)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {p.data_ptr() for p in narrow.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
     saving.save(narrow, source, tmp_path / "out", "card")
@@ -382,8 +382,6 @@ def test_models_that_cannot_be_cut_are_refused_by_name() -> None:
     narrow = neurons.prune_mlp(mlps[0], torch.eye(45), torch.arange(5))
     with pytest.raises(ValueError, match="all of the same width"):
         with_width(model, [narrow, *mlps[1:]])
-    with pytest.raises(ValueError, match="MLPs of 5 neurons"):
-        with_mlps(model, [narrow] * 3)
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.inf
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
         mlp_of(model, 1)
