@@ -61,8 +61,8 @@ def identify(model: Model) -> dict[str, object]:
     directory = local_directory(model)
     if directory is None:
         return {"hub": model.path, "revision": model.revision}
-    spec.check_supported(directory)
-    origin.check_license(directory, origin.read(directory))
+    weights.weight_files(directory)
+    _check_descriptions(directory)
     return {"files": {path.name: _sha256(path) for path in _files(directory)}}
 
 
@@ -89,15 +89,16 @@ def config_of(shape: Shape) -> dict[str, object]:
     }
 
 
-def import_model(model: Model, out: Path) -> dict[str, int]:
+def import_model(model: Model, out: Path) -> dict[str, int | str]:
     """Copies the dense model into the store's directory `out`, so that every node reads the same bytes.
 
-    Returns its parameters, `params`, and those of its MLP matrices, `mlp_params`.
+    Returns its parameters, `params`, those of its MLP matrices, `mlp_params`, and the `commit` of a hub model.
     The tokenizer is written in its portable form, so that corpus, students and exports share its tokens. Raises
     ModelError if the model cannot be obtained, is not supported, is not what `model.shape` states, has no fitting
     tokenizer, or is under a licence that forbids students.
     """
-    source = local_directory(model) or _download(model)
+    directory = local_directory(model)
+    source = directory or _download(model)
     values = spec.config_dict(source)
     spec.check_supported(values)
     if model.shape is not None:
@@ -111,7 +112,8 @@ def import_model(model: Model, out: Path) -> dict[str, int]:
         log_progress(logger, f"copies {path.name}, {path.stat().st_size / 1e6:,.0f} MB")
         shutil.copyfile(path, out / path.name)
     loading.load(out, dtype="auto")
-    return {"params": spec.total_parameters(values), "mlp_params": spec.mlp_parameters(values)}
+    counts = {"params": spec.total_parameters(values), "mlp_params": spec.mlp_parameters(values)}
+    return {**counts} if directory else {**counts, "commit": source.name}
 
 
 def _hub_id(model: Model) -> str | None:
@@ -119,17 +121,29 @@ def _hub_id(model: Model) -> str | None:
 
 
 def _download(model: Model) -> Path:
-    """A local snapshot of the needed files of the hub's repository. The licence is checked before the weights.
+    """A local snapshot of the needed files of the hub's repository. All checks without weights come first.
 
-    Raises ModelError if the hub does not give it, or the cache cannot be written.
+    The name of the directory is the commit. Raises ModelError if the hub does not give it, or the cache cannot be
+    written.
     """
     folder = _snapshot(model, DESCRIPTIONS)
-    spec.check_supported(folder)
-    origin.check_license(folder, origin.read(folder, str(model.path)))
+    _check_descriptions(folder, str(model.path))
     # a repository may hold other weights too, and only the index tells which ones belong to the model
     index = folder / weights.INDEX
     names = weights.files_in_index(index) if index.is_file() else []
-    return _snapshot(model, (*DESCRIPTIONS, weights.SINGLE, *names))
+    pinned = model.model_copy(update={"revision": folder.name})  # a branch may move on meanwhile
+    return _snapshot(pinned, (*DESCRIPTIONS, weights.SINGLE, *names))
+
+
+def _check_descriptions(directory: Path, hub_id: str | None = None) -> None:
+    """ModelError for a model that config.json, tokenizer, card or licence show to be unfit. Reads no weights."""
+    from sparsekd_ray.model import probe
+
+    values = spec.config_dict(directory)
+    spec.check_supported(values)
+    origin.check_license(directory, origin.read(directory, hub_id))
+    _check_tokenizer(directory, *spec.sizes(values, "vocab_size"))
+    probe.small_numbers(spec.stock_values(values))
 
 
 def _snapshot(model: Model, patterns: tuple[str, ...]) -> Path:

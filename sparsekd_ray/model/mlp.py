@@ -110,11 +110,11 @@ def without_layers(model: PreTrainedModel, dropped: Collection[int]) -> PreTrain
         for name, tensor in _copied_state(model, kept_layers).items()
     }
     return _rebuilt(
-        model, state, num_hidden_layers=len(kept_layers), **_for_layers(spec.config_dict(model), kept_layers)
+        model, state, num_hidden_layers=len(kept_layers), **for_layers(spec.config_dict(model), kept_layers)
     )
 
 
-def _for_layers(config: Mapping[str, object], kept: Sequence[int]) -> dict[str, object]:
+def for_layers(config: Mapping[str, object], kept: Sequence[int]) -> dict[str, object]:
     """The config's values per layer, cut to the layers that are kept: every list with one entry per layer."""
     layers = config["num_hidden_layers"]
     lists = {

@@ -6,18 +6,26 @@ failure raises a ModelError that names the probe and the difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekd_ray.errors import ModelError
+from sparsekd_ray.model import families, mlp
+
+logger = logging.getLogger(__name__)
 
 GATE_UP = (("gate_up_proj",), ("gate_proj", "up_proj"))
 SCALE = 1024.0  # a power of two, exact in any type; it carries logits to where a cap would show
 TOKENS = 8
+SMALL = {"num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 128}
 
 
 def structure(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
@@ -70,6 +78,38 @@ def _projections(mlp: object, kind: str, index: int) -> dict[str, nn.Linear]:
     return {name: linear[name] for name in (*names, "down_proj")}
 
 
+def small_numbers(values: Mapping[str, object]) -> None:
+    """`numbers` of a small random model of a stock config.json, before any weight is there.
+
+    It has the config's hidden size, multipliers and caps, but few layers and entries. The load proves the model itself.
+    """
+    _small_numbers(json.dumps(dict(values), sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=8)
+def _small_numbers(config_json: str) -> None:
+    classes = families.stock_classes((values := shrunken(json.loads(config_json)))["model_type"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = classes.causal(classes.config.from_dict(values))
+        except Exception as error:  # a stock class may raise anything at sizes that it does not expect
+            logger.info(
+                f"{classes.causal.__name__} takes no small sizes, so it is probed on load only: {error}"
+            )
+            return
+    numbers(model)
+
+
+def shrunken(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config with at most two layers, 64 neurons and 128 entries of vocabulary."""
+    sizes = {key: min(size, values[key]) for key, size in SMALL.items() if isinstance(values.get(key), int)}
+    per_layer = mlp.for_layers(values, range(sizes["num_hidden_layers"]))
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    rest = {key: value for key, value in values.items() if key not in ("dtype", "torch_dtype")}
+    return rest | sizes | per_layer | tokens
+
+
 @torch.no_grad()
 def numbers(model: PreTrainedModel) -> None:
     """One forward pass that proves: the first layer's input equals the embedding, the first MLP equals its formula on
@@ -80,7 +120,9 @@ def numbers(model: PreTrainedModel) -> None:
     kind = type(model).__name__
     seen: dict[str, Tensor] = {}
     base = model.get_submodule("model")
-    first, mlp, head = (model.get_submodule(n) for n in ("model.layers.0", "model.layers.0.mlp", "lm_head"))
+    first, first_mlp, head = (
+        model.get_submodule(n) for n in ("model.layers.0", "model.layers.0.mlp", "lm_head")
+    )
     ids_1N = torch.linspace(3, model.config.vocab_size - 1, TOKENS, device=model.device).long()[None]
 
     def record(name: str, pick: Callable[[tuple[Tensor, ...], Tensor], Tensor]) -> Callable[..., None]:
@@ -99,15 +141,17 @@ def numbers(model: PreTrainedModel) -> None:
     hooks = [
         model.get_submodule("model.embed_tokens").register_forward_hook(record("embedding", lambda _, y: y)),
         first.register_forward_pre_hook(first_input, with_kwargs=True),
-        mlp.register_forward_hook(record("mlp input", lambda x, _: x[0])),
-        mlp.register_forward_hook(record("mlp", lambda _, y: y)),
+        first_mlp.register_forward_hook(record("mlp input", lambda x, _: x[0])),
+        first_mlp.register_forward_hook(record("mlp", lambda _, y: y)),
         base.register_forward_hook(record("hidden", lambda _, y: y[0])),
         head.register_forward_hook(scaled),
     ]
     with _removed(hooks), _evaluating(model):
         logits = model(input_ids=ids_1N, use_cache=False).logits
     _equal(kind, "the first layer's input equals the embedding", seen["layer input"], seen["embedding"])
-    _equal(kind, "the MLP equals down(act(gate x) · up x)", seen["mlp"], _formula(mlp, seen["mlp input"]))
+    _equal(
+        kind, "the MLP equals down(act(gate x) · up x)", seen["mlp"], _formula(first_mlp, seen["mlp input"])
+    )
     _equal(kind, "the head reads the final hidden state", seen["head input"], seen["hidden"])
     _equal(kind, "the logits equal the head times the final hidden state", logits, seen["head"])
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lines import recorded
 from models import Form, dense_directory, dense_model, logits, student_of
 
 from sparsekd_ray.errors import ModelError
@@ -145,6 +146,22 @@ def test_a_probe_sees_what_the_model_computes_and_not_only_what_it_is_called() -
     layer.register_forward_hook(lambda _, args, output: output * 1.1)
     with pytest.raises(ModelError, match=re.escape("probe “the MLP equals down(act(gate x) · up x)”")):
         probe.numbers(model)
+
+
+@pytest.mark.parametrize("family", [*families.FAMILIES, "glm"])
+def test_a_small_model_of_a_large_config_passes_the_probes(family: str) -> None:
+    config = dense_model(family, True, num_hidden_layers=7, head_dim=8, intermediate_size=48).config
+    values = config.to_dict() | {
+        "vocab_size": 50_000,
+        "intermediate_size": 9_999,
+        "pad_token_id": 40_000,
+        "eos_token_id": [40_001],
+    }
+    with recorded() as lines:
+        probe.small_numbers(values)
+    assert lines == [], "the stock class takes small sizes"
+    small = probe.shrunken(values)
+    assert (small["num_hidden_layers"], small["vocab_size"], small["hidden_size"]) == (2, 128, 32)
 
 
 def test_lists_of_token_ids_are_not_cut_with_the_layers() -> None:

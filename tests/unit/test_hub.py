@@ -162,6 +162,39 @@ def test_other_licences_and_none_pass(text: str, card: str, dense: Path) -> None
     )
 
 
+def test_a_model_that_computes_otherwise_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    folder = dense_directory(tmp_path / "granite", "granite", True, logits_scaling=8.0)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "w6"}))
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="fails the probe “the logits equal the head times"):
+        hub.identify(Model(path=str(folder)))
+
+
+def test_a_tokenizer_that_cannot_serve_is_refused_before_work(dense: Path) -> None:
+    (dense / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))
+    with pytest.raises(ModelError, match="no end-of-text token"):
+        hub.identify(Model(path=str(dense)))
+
+
+def test_the_hub_s_commit_is_recorded_and_read_throughout(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, revisions = tmp_path / "snapshots" / "c0ffee", []
+    shutil.copytree(dense, snapshot)
+
+    def download(_: str, revision: str | None, allow_patterns: list[str]) -> str:
+        revisions.append(revision)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "out").mkdir()
+    figures = hub.import_model(Model(path="someone/model"), tmp_path / "out")
+    assert figures["commit"] == "c0ffee" and revisions == [None, "c0ffee"]
+    (tmp_path / "again").mkdir()
+    assert "commit" not in hub.import_model(Model(path=str(dense)), tmp_path / "again")
+
+
 @pytest.mark.parametrize("damage", ["cut", "absent", "no end of text", "slow"])
 def test_a_tokenizer_that_cannot_serve_is_refused(damage: str, dense: Path, tmp_path: Path) -> None:
     file, settings = dense / "tokenizer.json", dense / "tokenizer_config.json"
