@@ -167,7 +167,8 @@ def _render(
         | {"python": platform.python_version()},
         "hardware": _hardware(config),
     }
-    summary = summarise(config, steps, records, run)
+    figures = {step.name: console.figure(step.kind, records[step.name]) for step in steps}
+    summary = summarise(config, steps, records, run | {"figures": figures})
     with tempfile.TemporaryDirectory() as folder:
         render(summary, Path(folder))
         for path in sorted(Path(folder).iterdir()):

@@ -22,7 +22,6 @@ from sparsekd_ray.cascade.steps import (
     export,
     percent,
     prune,
-    seeded,
 )
 from sparsekd_ray.config import Config, Control, Distill, Prune
 
@@ -52,7 +51,7 @@ def plan(config: Config, identify: Identify, model_identity: Mapping[str, Any]) 
 
 def _controls(builder: PlanBuilder, config: Config, seed: int) -> None:
     for control in config.cascade.controls:
-        name = seeded(control, config, seed)
+        name = config.seeded(control, seed)
         distill(builder, name, _control_settings(control, config.distill), seed, "dense", "cache dense")
         evaluate(builder, name)
 
@@ -66,8 +65,8 @@ def _control_settings(control: Control, settings: Distill) -> Distill:
 def _rounds(builder: PlanBuilder, config: Config, seed: int) -> None:
     student = "dense"
     for number, round_ in enumerate(config.cascade.rounds, start=1):
-        name = seeded(f"round {number}", config, seed)
-        teacher = {"dense": "dense", "dense+kd": seeded("dense+kd", config, seed), "previous": student}[
+        name = config.seeded(f"round {number}", seed)
+        teacher = {"dense": "dense", "dense+kd": config.seeded("dense+kd", seed), "previous": student}[
             round_.teacher
         ]
         settings = config.distill.model_copy(update={"lr": round_.lr or config.distill.lr})
@@ -77,13 +76,13 @@ def _rounds(builder: PlanBuilder, config: Config, seed: int) -> None:
 
 def _baselines(builder: PlanBuilder, config: Config, seed: int) -> None:
     for baseline in config.cascade.baselines:
-        teacher = seeded("dense+kd", config, seed) if baseline.teacher == "dense+kd" else "dense"
+        teacher = config.seeded("dense+kd", seed) if baseline.teacher == "dense+kd" else "dense"
         pruning = config.prune.model_copy(
             update={"method": baseline.method, "allocation": baseline.allocation}
         )
         changed = {key: value for key in ("lr", "epochs") if (value := getattr(baseline, key)) is not None}
         settings = config.distill.model_copy(update=changed)
-        name = seeded(baseline.title, config, seed)
+        name = config.seeded(baseline.title, seed)
         _student(builder, name, baseline.sparsity, "dense", teacher, pruning, settings, seed)
 
 

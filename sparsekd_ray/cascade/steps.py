@@ -266,10 +266,5 @@ def _values(settings: Settings, *without: str) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=set(without))
 
 
-def seeded(name: str, config: Config, seed: int) -> str:
-    """A step's name, with its seed if the run has several."""
-    return name if len(config.cascade.seeds) == 1 else f"{name} · seed {seed}"
-
-
 def percent(fraction: float) -> str:
     return f"{100 * fraction:g}%"

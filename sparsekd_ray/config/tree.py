@@ -26,6 +26,10 @@ class Config(Settings):
     evaluate: Evaluate = Evaluate()
     execution: Execution = Execution()
 
+    def seeded(self, name: str, seed: int) -> str:
+        """A step's name, with its seed where there are several."""
+        return name if len(self.cascade.seeds) == 1 else f"{name} · seed {seed}"
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         stored = self.teacher.temperatures + ((1.0,) if self.teacher.signal == "topk" else ())

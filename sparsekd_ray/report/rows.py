@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Protocol
 
-from sparsekd_ray.cascade.steps import Step, seeded
 from sparsekd_ray.config import Baseline, Config, Distill, Round
 from sparsekd_ray.report.document import CONTROLS, Kind, Row
-from sparsekd_ray.store import Record
+from sparsekd_ray.store import Record, Ref
 
 Records = Mapping[str, Record]
+
+
+class Step(Protocol):
+    """What a report reads of a step of the plan. `inputs` maps a role to the name of the step that makes it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def ref(self) -> Ref: ...
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+    @property
+    def inputs(self) -> Mapping[str, str]: ...
+    @property
+    def settings(self) -> object: ...
 
 
 class RunIndex:
     """Looks up artifacts by the name of a step. An equal earlier step of the plan may stand for the named step."""
 
-    def __init__(self, config: Config, steps: list[Step], records: Records) -> None:
+    def __init__(self, config: Config, steps: Sequence[Step], records: Records) -> None:
         self.config = config
         self.records = records
         self.steps = {step.name: step for step in steps}
@@ -29,8 +45,8 @@ class RunIndex:
 
     def trained(self, name: str, seed: int) -> str:
         """The step that trains `name`. A baseline that equals the first round is trained by that round's step."""
-        own = seeded(name, self.config, seed)
-        return own if own in self.steps else seeded("round 1", self.config, seed)
+        own = self.config.seeded(name, seed)
+        return own if own in self.steps else self.config.seeded("round 1", seed)
 
     def evaluation(self, model: str) -> dict[str, Any]:
         """The figures of a model, by the name of the step that made it."""

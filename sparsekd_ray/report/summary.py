@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from sparsekd_ray.cascade import console
-from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.config import Config
 from sparsekd_ray.model.families import FAMILIES
 from sparsekd_ray.report.document import CONTROLS, Corpus, Curve, Dense, Point, Protocol, StepRow, Summary
-from sparsekd_ray.report.rows import Records, RunIndex, rows, students
+from sparsekd_ray.report.rows import Records, RunIndex, Step, rows, students
 
 
-def summarise(config: Config, steps: list[Step], records: Records, run: Mapping[str, Any]) -> Summary:
+def summarise(config: Config, steps: Sequence[Step], records: Records, run: Mapping[str, Any]) -> Summary:
     """`run` holds what only the driver knows: the `created` time, `command`, `commands`, `seconds`, `versions`,
-    `hardware`, and as `reused` the names of the steps that it found done."""
+    `hardware`, as `figures` the figure of every step in words, and as `reused` the names of the steps that it found
+    done."""
     index = RunIndex(config, steps, records)
     return {
         "run": config.name,
@@ -28,7 +27,7 @@ def summarise(config: Config, steps: list[Step], records: Records, run: Mapping[
         "dense": _dense(index),
         "rows": rows(index),
         "curves": _curves(index),
-        "steps": [_step(step, index, run["reused"]) for step in steps],
+        "steps": [_step(step, index, run["figures"][step.name], run["reused"]) for step in steps],
         "settings": config.model_dump(mode="json"),
         "commands": run["commands"],
         "versions": run["versions"],
@@ -145,7 +144,7 @@ def _curve(title: str, seed: int, metrics: Mapping[str, Any]) -> Curve:
     return {"stage": title, "seed": seed, "best_step": metrics["best_step"], "points": points}
 
 
-def _step(step: Step, index: RunIndex, reused: Set[str]) -> StepRow:
+def _step(step: Step, index: RunIndex, figure: str, reused: Set[str]) -> StepRow:
     record = index.records[step.name]
     return {
         "name": step.name,
@@ -154,5 +153,5 @@ def _step(step: Step, index: RunIndex, reused: Set[str]) -> StepRow:
         "inputs": list(step.inputs.values()),
         "seconds": record.seconds,
         "reused": step.name in reused,
-        "figure": console.figure(step.kind, record),
+        "figure": figure,
     }

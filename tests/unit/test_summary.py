@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from records import record
 
+from sparsekd_ray import report
+from sparsekd_ray.cascade.console import figure
 from sparsekd_ray.cascade.plan import plan
 from sparsekd_ray.config import load, parse
 from sparsekd_ray.report.findings import findings
@@ -33,8 +35,9 @@ def summary_of(tree, dtypes=None):
     records = {step.name: record(step.ref, metrics(step), seconds=1.0) for step in steps}
     for model, dtype in (dtypes or {}).items():
         records[f"evaluate {model}"].metrics["dtype"] = dtype
+    figures = {step.name: figure(step.kind, records[step.name]) for step in steps}
     run = {"command": "c", "reused": {"dense"}, "seconds": 2.0, "created": "", "commands": [], "versions": {}}
-    return summarise(config, steps, records, run | {"hardware": ""})
+    return summarise(config, steps, records, run | {"hardware": "", "figures": figures})
 
 
 def metrics(step):
@@ -170,3 +173,8 @@ def test_a_student_equal_to_the_first_round_has_its_figures():
         assert same[key] == other[key]
     curves = [[c["seed"] for c in found["curves"] if c["stage"] == r["stage"]] for r in (same, other)]
     assert curves == [SEEDS, SEEDS]
+
+
+def test_a_report_knows_nothing_of_the_cascade():
+    folder = Path(report.__file__).parent
+    assert not [path.name for path in folder.glob("*.py") if "sparsekd_ray.cascade" in path.read_text()]
