@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,7 @@ else:
     Method = Literal[tuple(METHODS)]  # the name of every `MethodSpec`
 Allocation = Literal["uniform", "tiered", "energy", "optimal"]
 ProtocolName = Literal["paper", "gptq", "words"]
+PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 TrackerName = Literal["trackio", "tensorboard", "mlflow", "wandb"]
 Control = Literal["dense+kd", "ce-only", "kl-only"]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from sparsekd_ray.config.base import (
+    PROTOCOL_NAMES,
     Allocation,
     Control,
     Fraction,
@@ -184,7 +185,7 @@ class Cascade(Settings):
 class Evaluate(Settings):
     """Perplexity on the held-out text."""
 
-    protocols: tuple[ProtocolName, ...] = ("paper", "gptq", "words")
+    protocols: tuple[ProtocolName, ...] = PROTOCOL_NAMES
     """`paper`: windows of 512 tokens, stride 256, every prediction counted (SparseKD); `gptq`: the raw text in
     windows of 2,048 that do not overlap (GPTQ, SparseGPT, Wanda); `words`: word perplexity as lm-eval counts it.
     Windows are cut to the model's context, and every figure says so. Students are compared by `paper`, which is

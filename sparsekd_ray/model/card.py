@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Required, TypedDict
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from sparsekd_ray.config.base import PROTOCOL_NAMES, ProtocolName
 from sparsekd_ray.model import loading
 from sparsekd_ray.model.origin import UNKNOWN, Origin
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 Form = Literal["low-rank", "merged", "stock"]
 NOT_MERGED = "its MLP matrices have biases, which the stock architecture cannot hold"
-PROTOCOLS: tuple[Literal["paper", "gptq", "words"], ...] = ("paper", "gptq", "words")
 
 USAGE = """## Usage
 
@@ -141,9 +141,9 @@ def _results(facts: CardFacts) -> Iterator[EvalResult]:
         )
 
 
-def _figures(measured: Figures | None) -> Iterator[tuple[Literal["paper", "gptq", "words"], str, Figure]]:
+def _figures(measured: Figures | None) -> Iterator[tuple[ProtocolName, str, Figure]]:
     """Protocol, text ("all" or a domain) and figure of everything that was measured."""
-    for protocol in PROTOCOLS:
+    for protocol in PROTOCOL_NAMES:
         if measured and (overall := measured.get(protocol)):
             yield protocol, "all", overall
             for domain, figure in overall["domains"].items():
@@ -163,7 +163,7 @@ def _perplexity_table(facts: CardFacts) -> str:
         return ""
     sentences = [
         f"- `{protocol}`: {measured['sentence']}."
-        for protocol in PROTOCOLS
+        for protocol in PROTOCOL_NAMES
         if (measured := facts["perplexity"].get(protocol))
     ]
     return "\n\n".join(["## Perplexity on held-out text", "\n".join(rows), "\n".join(sentences)])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from sparsekd_ray.config import Config
+from sparsekd_ray.config.base import PROTOCOL_NAMES
 from sparsekd_ray.model.families import FAMILIES
 from sparsekd_ray.report.document import CONTROLS, Corpus, Curve, Dense, Point, Protocol, StepRow, Summary
 from sparsekd_ray.report.rows import Records, RunIndex, Step, rows, students
@@ -53,7 +54,7 @@ def _mixture(models: Mapping[str, list[str]]) -> str | None:
 
 
 def _protocol(evaluation: Mapping[str, Any], models: Mapping[str, list[str]]) -> Protocol:
-    measured = [name for name in ("paper", "gptq", "words") if name in evaluation]
+    measured = [name for name in PROTOCOL_NAMES if name in evaluation]
     sentences = [f"Protocol {name}: {evaluation[name]['sentence']}." for name in measured]
     return {
         "window": evaluation["paper"]["window"],
