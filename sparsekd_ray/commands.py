@@ -50,16 +50,16 @@ def cascade(common: Shared) -> Result:
 
 def corpus(common: Shared) -> Result:
     """Make the token shards of the training text and of the held-out text, and the tokenizer they need."""
-    from sparsekd_ray.cascade import single
+    from sparsekd_ray.cascade import stage_plans
 
-    return single.run(common.settings, "corpus", single.corpus(common.settings), common.dry_run)
+    return stage_plans.run(common.settings, "corpus", stage_plans.corpus(common.settings), common.dry_run)
 
 
 def capture(common: Shared) -> Result:
     """Make the teacher cache: the dense model's probabilities at every training token."""
-    from sparsekd_ray.cascade import single
+    from sparsekd_ray.cascade import stage_plans
 
-    return single.run(common.settings, "capture", single.capture(common.settings), common.dry_run)
+    return stage_plans.run(common.settings, "capture", stage_plans.capture(common.settings), common.dry_run)
 
 
 def prune(common: Shared, sparsity: float | None = None, energy: float | None = None) -> Result:
@@ -69,11 +69,11 @@ def prune(common: Shared, sparsity: float | None = None, energy: float | None = 
         sparsity: Share of the MLP parameters to remove, between 0 and 1.
         energy: Instead of a sparsity, the share of its energy that every matrix keeps (svd and svd-whitened).
     """
-    from sparsekd_ray.cascade import single
+    from sparsekd_ray.cascade import stage_plans
 
     settings = _settings_of_a_cut(common, sparsity, energy)
-    share = sparsity if sparsity is not None else single.sparsity_of_energy(settings, energy or 0.0)
-    return single.run(settings, "prune", single.prune(settings, share), common.dry_run)
+    share = sparsity if sparsity is not None else stage_plans.sparsity_of_energy(settings, energy or 0.0)
+    return stage_plans.run(settings, "prune", stage_plans.prune(settings, share), common.dry_run)
 
 
 def preview(common: Shared, sparsity: float | None = None, energy: float | None = None) -> Result:
@@ -83,12 +83,12 @@ def preview(common: Shared, sparsity: float | None = None, energy: float | None 
         sparsity: Share of the MLP parameters to remove, between 0 and 1.
         energy: Instead of a sparsity, the share of its energy that every matrix keeps (svd and svd-whitened).
     """
-    from sparsekd_ray.cascade import single
+    from sparsekd_ray.cascade import stage_plans
     from sparsekd_ray.cli import table
 
     settings = _settings_of_a_cut(common, sparsity, energy)
-    share = sparsity if sparsity is not None else single.sparsity_of_energy(settings, energy or 0.0)
-    result = single.preview(settings, share, common.dry_run)
+    share = sparsity if sparsity is not None else stage_plans.sparsity_of_energy(settings, energy or 0.0)
+    result = stage_plans.preview(settings, share, common.dry_run)
     table(result.get("rows", []))
     return result
 
@@ -137,9 +137,11 @@ def distill(common: Shared, sparsity: float) -> Result:
         sparsity: Share of the MLP parameters to remove, between 0 and 1.
     """
     _check_share("--sparsity", sparsity)
-    from sparsekd_ray.cascade import single
+    from sparsekd_ray.cascade import stage_plans
 
-    return single.run(common.settings, "distill", single.distill(common.settings, sparsity), common.dry_run)
+    return stage_plans.run(
+        common.settings, "distill", stage_plans.distill(common.settings, sparsity), common.dry_run
+    )
 
 
 def evaluate(common: Shared, model: Positional[str]) -> Result:
@@ -149,9 +151,11 @@ def evaluate(common: Shared, model: Positional[str]) -> Result:
         model: A Hugging Face directory (dense, or a low-rank student), a hub id, or the path or URL of a model in the
             store.
     """
-    from sparsekd_ray.cascade import single
+    from sparsekd_ray.cascade import stage_plans
 
-    return single.run(common.settings, "evaluate", single.evaluate(common.settings, model), common.dry_run)
+    return stage_plans.run(
+        common.settings, "evaluate", stage_plans.evaluate(common.settings, model), common.dry_run
+    )
 
 
 def export(common: Shared, artifact: Positional[str]) -> Result:
@@ -160,9 +164,11 @@ def export(common: Shared, artifact: Positional[str]) -> Result:
     Args:
         artifact: Path or URL of the model: <store>/artifacts/prune/… or <store>/artifacts/distill/….
     """
-    from sparsekd_ray.cascade import single
+    from sparsekd_ray.cascade import stage_plans
 
-    return single.run(common.settings, "export", single.export(common.settings, artifact), common.dry_run)
+    return stage_plans.run(
+        common.settings, "export", stage_plans.export(common.settings, artifact), common.dry_run
+    )
 
 
 def verify(cache: Positional[str], sequences: int = 16, seed: int = 0, scratch: str | None = None) -> Result:

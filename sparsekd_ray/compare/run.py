@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsekd_ray import corpus
 from sparsekd_ray.cascade import console, feasibility, job
-from sparsekd_ray.cascade.single import make
+from sparsekd_ray.cascade.stage_plans import make
 from sparsekd_ray.compare import comparison, speeds
 from sparsekd_ray.config import Config
 from sparsekd_ray.model import hub

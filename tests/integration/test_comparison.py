@@ -9,7 +9,7 @@ from cascades import TINY, changed
 from lines import recorded
 from records import record
 
-from sparsekd_ray.cascade import single
+from sparsekd_ray.cascade import stage_plans
 from sparsekd_ray.cascade.steps import Step
 from sparsekd_ray.compare import comparison, run
 from sparsekd_ray.compare.comparison import rows, title, variant
@@ -174,7 +174,7 @@ def test_a_comparison_out_of_reach_is_refused_before_any_work(
 
 def test_one_pruning_out_of_reach_is_refused_before_any_work() -> None:
     with pytest.raises(ConfigError, match="can remove at most"):
-        single.prune(changed("prune.align", 64), 0.9)
+        stage_plans.prune(changed("prune.align", 64), 0.9)
 
 
 def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
         "prune": {"method": "neurons"},
     }
     config = parse(TINY | settings, "test")
-    *layers, total = single.preview(config, 0.5, dry_run=False)["rows"]
+    *layers, total = stage_plans.preview(config, 0.5, dry_run=False)["rows"]
     store = Store(str(tmp_path))
     assert not list(tmp_path.glob("artifacts/prune/*/*")), "nothing is pruned by a preview"
     assert [row["becomes"] for row in layers] == ["24 neurons"] * 2 and total["becomes"] == "−50.00%"
@@ -202,7 +202,7 @@ def test_both_commands_from_the_text_to_the_table(cluster: None, tmp_path: Path)
     )
     assert (tmp_path / "runs/tiny/comparison.png").is_file()
     with recorded() as lines:
-        result = single.run(config, "prune", single.prune(config, 0.5), dry_run=False)
+        result = stage_plans.run(config, "prune", stage_plans.prune(config, 0.5), dry_run=False)
     assert "pruned" in result["reused"] and result["made"] == ["export pruned"], "the comparison made it"
     assert "from_pretrained(" in lines[-1] and "trust_remote_code" not in lines[-1]
     assert Ref.from_key(result["artifact"].removeprefix(f"{tmp_path}/")).kind == "export"

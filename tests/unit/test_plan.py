@@ -7,7 +7,7 @@ from cascades import LAPTOP, TINY, changed
 from lines import recorded
 
 from sparsekd_ray import corpus
-from sparsekd_ray.cascade import console, job, single, steps
+from sparsekd_ray.cascade import console, job, stage_plans, steps
 from sparsekd_ray.cascade.driver import next_batch
 from sparsekd_ray.cascade.estimate import parameters
 from sparsekd_ray.cascade.fingerprint import fingerprint
@@ -281,7 +281,7 @@ def test_a_setting_that_no_method_reads_is_refused_before_any_work(prune, messag
     with pytest.raises(ConfigError, match=message):
         job.preflight(parse(tree, "test"))
     with pytest.raises(ConfigError, match=message):
-        single.prune(changed("prune", prune), 0.5)
+        stage_plans.prune(changed("prune", prune), 0.5)
 
 
 @pytest.mark.parametrize(

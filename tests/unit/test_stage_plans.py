@@ -12,7 +12,7 @@ from cascades import TINY
 from models import dense_directory
 
 from sparsekd_ray import commands
-from sparsekd_ray.cascade import fingerprint, job, single, stages
+from sparsekd_ray.cascade import fingerprint, job, stage_plans, stages
 from sparsekd_ray.config import Config, Model, parse
 from sparsekd_ray.errors import ConfigError, ModelError
 from sparsekd_ray.model import hub
@@ -47,21 +47,23 @@ def finish(store: Store, steps: list, *names: str) -> None:
 
 def test_what_a_stage_makes_is_what_a_cascade_makes(config: Config) -> None:
     cascade = keys(job.preflight(config))
-    assert keys(single.corpus(config)) | keys(single.capture(config)) <= cascade
-    assert keys(single.distill(config, 0.3)) - cascade == set(), "round 1 is one pruning and one distillation"
-    new = keys(single.prune(config, 0.3)) - cascade
+    assert keys(stage_plans.corpus(config)) | keys(stage_plans.capture(config)) <= cascade
+    assert keys(stage_plans.distill(config, 0.3)) - cascade == set(), (
+        "round 1 is one pruning and one distillation"
+    )
+    new = keys(stage_plans.prune(config, 0.3)) - cascade
     assert [Ref.from_key(key).kind for key in new] == ["export"], (
         "a cascade exports only what it has distilled"
     )
 
 
 def test_a_stage_plans_no_more_than_it_needs(config: Config) -> None:
-    assert [step.name for step in single.corpus(config)] == ["tokenizer", "corpus"]
-    assert [step.name for step in single.capture(config)][-2:] == ["dense", "cache dense"]
+    assert [step.name for step in stage_plans.corpus(config)] == ["tokenizer", "corpus"]
+    assert [step.name for step in stage_plans.capture(config)][-2:] == ["dense", "cache dense"]
 
 
 def test_a_dry_run_makes_nothing(config: Config) -> None:
-    result = single.run(config, "corpus", single.corpus(config), dry_run=True)
+    result = stage_plans.run(config, "corpus", stage_plans.corpus(config), dry_run=True)
     assert result["missing"] == ["tokenizer", "corpus"] and result["reused"] == []
     assert not Path(config.execution.store).exists()
 
@@ -71,7 +73,7 @@ def test_a_model_of_the_store_is_judged_as_in_the_cascade(config: Config) -> Non
     student = next(step for step in cascade if step.name == "round 1")
     finish(store, cascade, *(step.name for step in cascade if step.kind in ("dense", "prune", "distill")))
     path = store.url(student.ref.key)
-    judged, exported = single.evaluate(config, path), single.export(config, path)
+    judged, exported = stage_plans.evaluate(config, path), stage_plans.export(config, path)
     assert keys(judged) | keys(exported) <= keys(cascade)
     assert [step.kind for step in judged] == ["tokenizer", "corpus", "distill", "evaluate"]
     assert exported[-1].kind == "export" and exported[-1].identity == {"sparsity": 0.3, "method": "svd"}
@@ -83,19 +85,19 @@ def test_an_export_needs_the_settings_of_its_model(config: Config) -> None:
     path = store.url(next(step for step in cascade if step.name == "round 1").ref.key)
     other = config.model_copy(update={"seed": 7})
     with pytest.raises(ConfigError, match="give the settings it was made with"):
-        single.export(other, path)
+        stage_plans.export(other, path)
     control = store.url(next(step for step in cascade if step.name == "ce-only").ref.key)
     with pytest.raises(ConfigError, match="only a pruned model is exported"):
-        single.export(config, control)
+        stage_plans.export(config, control)
 
 
 def test_what_is_no_finished_model_is_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no finished artifact"):
-        single.evaluate(config, f"{config.execution.store}/artifacts/distill/a-0123456789ab")
+        stage_plans.evaluate(config, f"{config.execution.store}/artifacts/distill/a-0123456789ab")
     with pytest.raises(ConfigError, match="lies in another store"):
-        single.evaluate(config, f"{tmp_path}/other/artifacts/distill/a-0123456789ab")
+        stage_plans.evaluate(config, f"{tmp_path}/other/artifacts/distill/a-0123456789ab")
     with pytest.raises(ModelError, match="is no directory"):
-        single.evaluate(config, f"{tmp_path}/nothing")
+        stage_plans.evaluate(config, f"{tmp_path}/nothing")
 
 
 def test_the_sparsity_of_an_energy_is_measured_once_for_all_that_bears_on_it(
@@ -115,11 +117,11 @@ def test_the_sparsity_of_an_energy_is_measured_once_for_all_that_bears_on_it(
 
     def measure(tau: float = 0.9, **settings: object) -> float:
         chosen = config.prune.model_copy(update={"method": "svd-whitened"} | settings)
-        return single.sparsity_of_energy(config.model_copy(update={"prune": chosen}), tau)
+        return stage_plans.sparsity_of_energy(config.model_copy(update={"prune": chosen}), tau)
 
     monkeypatch.setitem(METHODS, "svd-whitened", replace(METHODS["svd-whitened"], energy=energy))
-    monkeypatch.setattr(single, "run", make)
-    monkeypatch.setattr(single, "listening", nullcontext)
+    monkeypatch.setattr(stage_plans, "run", make)
+    monkeypatch.setattr(stage_plans, "listening", nullcontext)
     monkeypatch.setattr(cluster, "connected", lambda execution: nullcontext())
     assert [measure(), measure(), len(asked)] == [0.25, 0.25, 1]
     assert store.record(asked[0]) is not None and store.published(asked[0]) == [], (
@@ -136,7 +138,7 @@ def test_the_sparsity_of_an_energy_is_measured_once_for_all_that_bears_on_it(
 def test_an_energy_has_no_dry_run(
     command: Callable[..., object], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(single, "sparsity_of_energy", lambda *_: pytest.fail("a dry run makes nothing"))
+    monkeypatch.setattr(stage_plans, "sparsity_of_energy", lambda *_: pytest.fail("a dry run makes nothing"))
     with pytest.raises(ConfigError, match="give --sparsity for a --dry-run"):
         command(commands.Common(config, dry_run=True), energy=0.9)
 
@@ -162,7 +164,7 @@ def test_an_export_is_judged_from_its_store(
         stages, "locate", lambda path, scratch: locate(path.replace(root, store.root), scratch)
     )
     path = f"{root}/{ref.key}/{form}"
-    dense, judged = single.evaluate(config, path)[-2:]
+    dense, judged = stage_plans.evaluate(config, path)[-2:]
     assert dense.kind == "dense" and dense.ref.name == form and judged.name == "evaluate model"
     assert dense.identity == hub.identify(Model(path=str(store.local(ref.key) / form)))
     taken: list[str | None] = []
@@ -171,18 +173,18 @@ def test_an_export_is_judged_from_its_store(
     assert taken == [str(store.local(ref.key) / form)]
     other = "stock" if form == "merged" else "merged"
     with pytest.raises(ConfigError, match=f"has no form {other}: it has {form}"):
-        single.evaluate(config, path.replace(f"/{form}", f"/{other}"))
+        stage_plans.evaluate(config, path.replace(f"/{form}", f"/{other}"))
     with pytest.raises(ConfigError, match="is no finished export"):
-        single.evaluate(config, path.replace("0123456789ab", "ba9876543210"))
+        stage_plans.evaluate(config, path.replace("0123456789ab", "ba9876543210"))
 
 
 def test_a_model_of_two_names_is_one_artifact(models_config: Config, tmp_path: Path) -> None:
     given = str(models_config.model.path)
     (tmp_path / "other name").symlink_to(given)
     for path in (given, f"{given}/", str(tmp_path / "other name")):
-        judged = single.evaluate(models_config, path)
+        judged = stage_plans.evaluate(models_config, path)
         assert [step.ref.name for step in judged if step.kind == "dense"] == ["a-model"]
     copy = shutil.copytree(given, tmp_path / "a copy")
-    judged = single.evaluate(models_config, str(copy))
+    judged = stage_plans.evaluate(models_config, str(copy))
     assert [step.ref.name for step in judged if step.kind == "dense"] == ["a-model"]
     assert [step.name for step in judged if step.kind == "evaluate"] == ["evaluate dense"]
