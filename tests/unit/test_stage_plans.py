@@ -143,10 +143,17 @@ def test_an_energy_has_no_dry_run(
         command(commands.Common(config, dry_run=True), energy=0.9)
 
 
+def complete_directory(folder: Path) -> Path:
+    """A dense model whose tokenizer has an end-of-text token."""
+    path = dense_directory(folder, "qwen3", True) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "w6"}))
+    return folder
+
+
 @pytest.fixture
 def models_config(config: Config, tmp_path: Path) -> Config:
     """Settings whose dense model is a directory."""
-    folder = dense_directory(tmp_path / "a model", "qwen3", True)
+    folder = complete_directory(tmp_path / "a model")
     return config.model_copy(update={"model": Model(path=str(folder))})
 
 
@@ -157,7 +164,7 @@ def test_an_export_is_judged_from_its_store(
 ) -> None:
     store, ref = job.open_store(config), Ref("export", "student-minus-30", "0123456789ab")
     with store.building(ref) as out:
-        dense_directory(out / form, "qwen3", True)
+        complete_directory(out / form)
     store.commit(ref, identity={}, inputs={}, metrics={}, seconds=0)
     root = "s3://bucket/sparsekd" if remote else store.root
     monkeypatch.setattr(
