@@ -147,8 +147,9 @@ def _evaluate(settings: Evaluate, inputs: dict[str, Path], out: Path, gpu: bool)
 
     _check_tokenizer(inputs["model"], inputs["texts"])
     model = loading.load(inputs["model"], dtype=dtype_on(gpu), device="cuda" if gpu else "cpu")
+    whole = corpus.read_manifest(inputs["texts"])["whole_test"]
     texts = {
-        domain: HeldOut(rows, corpus.read_test_text(inputs["texts"], domain))
+        domain: HeldOut(rows, corpus.read_test_text(inputs["texts"], domain), whole[domain])
         for domain, rows in corpus.domain_streams(inputs["texts"], "test").items()
     }
     encoder = tokenizer.load(inputs["texts"] / "tokenizer")

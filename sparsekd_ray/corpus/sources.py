@@ -11,8 +11,8 @@ import random
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,8 @@ class Tally:
 
     empty_rows: int = 0
     """Rows in which a column of the template is empty."""
+    lengths: list[int] = field(default_factory=list)
+    """Characters of the first rows, from all files: they show whether rows are lines of one text."""
 
 
 def documents(source: Source, seed: int | None) -> Iterator[str]:
@@ -184,7 +186,7 @@ def _row_documents(source: Source, numbered: Iterable[tuple[str, Row]], tally: T
     texts = _rendered(source.text, numbered, tally)
     if source.join:
         return joined(texts)
-    return map(whole, texts if source.join is False else _refuse_lines(source, texts))
+    return map(whole, texts if source.join is False else _refuse_lines(source, texts, tally.lengths))
 
 
 def _rendered(template: str, numbered: Iterable[tuple[str, Row]], tally: Tally) -> Iterator[str]:
@@ -196,9 +198,11 @@ def _rendered(template: str, numbered: Iterable[tuple[str, Row]], tally: Tally) 
             yield text
 
 
-def _refuse_lines(source: Source, texts: Iterable[str]) -> Iterator[str]:
-    """The same texts. Raises CorpusError if they are lines of one text: shuffled lines are no text to learn from."""
-    lengths: list[int] = []
+def _refuse_lines(source: Source, texts: Iterable[str], lengths: list[int]) -> Iterator[str]:
+    """The same texts. Raises CorpusError if they are lines of one text: shuffled lines are no text to learn from.
+
+    lengths: of the source's rows so far. All streams of the source add to it.
+    """
     for text in texts:
         yield text
         if len(lengths) < JUDGED_ROWS:
@@ -220,8 +224,13 @@ def _judge(source: Source, lengths: list[int]) -> None:
         _warn_of_lines(source.name, source.path, int(median))
 
 
-@cache
+_warned: set[tuple[str, str]] = set()  # sources are read more than once
+
+
 def _warn_of_lines(name: str, path: str, median: int) -> None:
+    if (name, path) in _warned:
+        return
+    _warned.add((name, path))
     logger.warning(
         f"corpus source {name} ({path}): half of its rows have at most {median} characters. If they are lines of one "
         "text, set join: true; if each is a document, join: false"

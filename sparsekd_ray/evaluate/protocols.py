@@ -45,6 +45,8 @@ class HeldOut(NamedTuple):
     """int tokens of the corpus's rows, one after the other: documents, each followed by the end-of-text token."""
     documents: Sequence[Document]
     """The raw text of the rows."""
+    whole: bool = True
+    """Whether `documents` are all of a test set."""
 
 
 class Figure(TypedDict):
@@ -167,6 +169,9 @@ def _domain_clauses(
     protocol: Protocol, window: int, scores: Mapping[str, Sequence[Score]], texts: Mapping[str, HeldOut]
 ) -> Iterator[str]:
     """Names the domains whose text is changed, and those that fill no window."""
+    partial = [domain for domain, text in texts.items() if not text.whole]
+    if protocol.measure is not _row_scores and partial:
+        yield f"only a part of a test set, or documents held out here: {', '.join(partial)}"
     respaced = [domain for domain, text in texts.items() if _has_wikitext_spacing(text)]
     if protocol.unit == "word" and respaced:
         yield (

@@ -227,6 +227,15 @@ def test_the_manifest_names_the_tokenizer_that_is_kept_beside_it(tmp_path, token
     assert tokenizer_hash(kept) != manifest["tokenizer_hash"]
 
 
+def test_lines_in_many_small_files_are_refused_as_in_one(tmp_path):
+    for number in range(10):
+        write_jsonl(
+            tmp_path / f"{number}.jsonl", ["A line of a text that goes on.", "", "And on it goes."] * 3
+        )
+    with pytest.raises(CorpusError, match="of its rows are blank"):
+        list(documents(Source(name="lines", path=str(tmp_path / "*.jsonl")), 1))
+
+
 def test_a_tokenizer_without_an_end_is_refused(tmp_path, tokenizer_dir):
     from transformers import PreTrainedTokenizerFast
 

@@ -150,6 +150,13 @@ def test_control_tokens_in_the_text_are_plain_text(model: Any) -> None:
         assert found[name]["ppl"] == pytest.approx(expected[name]["ppl"])
 
 
+def test_domains_that_are_no_whole_test_set_are_named(model: Any) -> None:
+    given = {name: text._replace(whole=name != "short") for name, text in texts().items()}
+    found = evaluate(model, word_tokenizer(), given, ["paper", "gptq", "words"])
+    clause = "only a part of a test set, or documents held out here: short"
+    assert [clause in found[name]["sentence"] for name in ("paper", "gptq", "words")] == [False, True, True]
+
+
 def test_words_need_a_token_before_a_document(model: Any) -> None:
     tokenizer = word_tokenizer(bos=False)
     tokenizer.eos_token = None
