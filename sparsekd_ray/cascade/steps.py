@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from sparsekd_ray.errors import ConfigError
 from sparsekd_ray.model import hub
 from sparsekd_ray.prune.methods import METHODS
 from sparsekd_ray.store import Ref
+
+logger = logging.getLogger(__name__)
 
 Identify = Callable[[Source], dict[str, Any]]
 """Gives the identity of a text source: digests of its files, or a hub revision."""
@@ -111,12 +114,25 @@ def dense(builder: PlanBuilder, identify: Identify, model_identity: Mapping[str,
     config = builder.config
     standin = config.model.standin
     corpus.check_settings(config.corpus, None if standin else hub.local_directory(config.model))
+    _warn_unpinned(config)
     if standin is None:
         builder.add("dense", "dense", hub.label(config.model), dict(model_identity), {}, config.model)
         _corpus(builder, identify, "dense")
     else:
         _standin(builder, config, standin, identify)
     evaluate(builder, "dense")
+
+
+def _warn_unpinned(config: Config) -> None:
+    """One line that names the hub's models and data sets whose contents may change between two runs."""
+    model, sources = config.model, (*config.corpus.sources, *config.corpus.exclude)
+    names = [s.path for s in sources if s.path.startswith("hf://") and s.path[5:6] != "/" and not s.revision]
+    if model.standin is None and hub.local_directory(model) is None and not model.revision:
+        names.insert(0, str(model.path))
+    if names:
+        logger.warning(
+            f"no revision is set for {', '.join(names)}: the artifacts are found again although the hub has newer files"
+        )
 
 
 def _corpus(builder: PlanBuilder, identify: Identify, tokenizer: str) -> None:

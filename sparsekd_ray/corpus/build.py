@@ -196,5 +196,6 @@ def _manifest(corpus: Corpus, encoder: Encoder, domains: list[Domain]) -> Manife
             d.source.name: {"documents": d.left_out.documents, "share": round(_share(d.left_out), 6)}
             for d in domains
         },
+        "commits": {d.source.name: d.tally.commit for d in domains},
         "empty_rows": {d.source.name: d.tally.empty_rows for d in domains},
     }

@@ -49,6 +49,8 @@ class Manifest(TypedDict):
     whole_test: dict[str, bool]
     """By domain: whether the raw test text (`read_test_text`) is all of `source.test`."""
     repeats_test: dict[str, Repeats]
+    commits: dict[str, str | None]
+    """By domain: the hub's commit that training text was read at; None for sources that are not on the hub."""
     empty_rows: dict[str, int]
     """By domain: number of rows left out because a column of the template is empty."""
 

@@ -47,6 +47,8 @@ class Tally:
 
     empty_rows: int = 0
     """Rows in which a column of the template is empty."""
+    commit: str | None = None
+    """The hub's commit of a data set."""
     lengths: list[int] = field(default_factory=list)
     """Characters of the first rows, from all files: they show whether rows are lines of one text."""
 
@@ -139,7 +141,7 @@ def _streams(source: Source, seed: int | None, tally: Tally) -> tuple[list[Strea
         texts = partial(embedded.documents, source.path.removeprefix(EMBEDDED), seed)
         return [lambda: map(whole, texts())], [1.0]
     if source.path.startswith(HUB):
-        shards = _hub_shards(source)
+        shards = _hub_shards(source, tally)
         return [partial(_hub_documents, source, shard, tally) for shard in shards], [1.0] * len(shards)
     fs, files = matching_files(source.path, ENDINGS)
     return [partial(_file_documents, source, fs, file, tally) for file in files], [
@@ -157,7 +159,7 @@ def _file_documents(source: Source, fs: AbstractFileSystem, file: str, tally: Ta
             yield from joined(text_lines(fs, file))
 
 
-def _hub_shards(source: Source) -> list[IterableDataset]:
+def _hub_shards(source: Source, tally: Tally) -> list[IterableDataset]:
     """The shards of a streamed data set. `hf:///a/directory` reads a directory that is laid out as on the hub."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -169,6 +171,7 @@ def _hub_shards(source: Source) -> list[IterableDataset]:
         # Asking for the commit fails at once without a network, where load_dataset tries for half a minute.
         local = name.startswith("/")
         commit = None if local else HfApi().dataset_info(name, revision=source.revision, timeout=30).sha
+        tally.commit = commit
         data = load_dataset(name, config, split=source.split, revision=commit, streaming=True)
         return [data.shard(data.num_shards, index) for index in range(data.num_shards)]
 
