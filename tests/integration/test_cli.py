@@ -123,7 +123,10 @@ def test_a_cluster_that_does_not_answer_is_said_within_seconds(tmp_path):
 )
 def test_a_dry_run_prints_the_plan_and_writes_nothing(job, arguments, last, tmp_path):
     if job == "evaluate":
-        arguments = [str(models.dense_directory(tmp_path / "model", "qwen3", True))]
+        folder = models.dense_directory(tmp_path / "model", "qwen3", True)
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "w6"}))
+        arguments = [str(folder)]
     found = run(*arguments, "--execution.store", str(tmp_path / "store"), "--dry-run", job=job)
     assert found.returncode == 0 and "0 done" in found.stdout, found.stderr
     assert result(found)["dry_run"] is True and result(found)["missing"][-1] == last
