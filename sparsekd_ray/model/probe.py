@@ -88,7 +88,8 @@ def small_numbers(values: Mapping[str, object]) -> None:
 
 @lru_cache(maxsize=8)
 def _small_numbers(config_json: str) -> None:
-    classes = families.stock_classes((values := shrunken(json.loads(config_json)))["model_type"])
+    values = shrunken(json.loads(config_json))
+    classes = families.stock_classes(str(values["model_type"]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -101,9 +102,10 @@ def _small_numbers(config_json: str) -> None:
     numbers(model)
 
 
-def shrunken(values: Mapping[str, Any]) -> dict[str, Any]:
+def shrunken(values: Mapping[str, object]) -> dict[str, object]:
     """The same config with at most two layers, 64 neurons and 128 entries of vocabulary."""
-    sizes = {key: min(size, values[key]) for key, size in SMALL.items() if isinstance(values.get(key), int)}
+    stated = {key: value for key in SMALL if isinstance(value := values.get(key), int)}
+    sizes = {key: min(SMALL[key], value) for key, value in stated.items()}
     per_layer = mlp.for_layers(values, range(sizes["num_hidden_layers"]))
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     rest = {key: value for key, value in values.items() if key not in ("dtype", "torch_dtype")}

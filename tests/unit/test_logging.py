@@ -30,10 +30,9 @@ def console(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A console whose clock, in seconds, stands in a list of one."""
     clock, level, handler = [100.0], PACKAGE.level, Console()
     monkeypatch.setattr(lines.time, "monotonic", lambda: clock[0])
-    PACKAGE.addHandler(handler)
+    monkeypatch.setattr(PACKAGE, "handlers", [handler])  # another test's command may have left its own
     PACKAGE.setLevel(logging.INFO)
     yield clock
-    PACKAGE.removeHandler(handler)
     PACKAGE.setLevel(level)
 
 
