@@ -17,7 +17,8 @@ test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest tests/unit -n 2
+	$(BIN)/pytest tests/integration
 
 env: $(VENV)/.installed
 
@@ -30,7 +31,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 
 # the tests once more, at the lowest versions that pyproject.toml admits
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/pytest
+	$(LOWEST)/bin/pytest tests/unit -n 2
+	$(LOWEST)/bin/pytest tests/integration
 
 $(LOWEST)/.installed: constraints-lowest.txt pyproject.toml
 	"$(PYTHON)" -m venv $(LOWEST)

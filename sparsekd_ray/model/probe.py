@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +182,10 @@ def _equal(kind: str, probe: str, actual: Tensor, expected: Tensor) -> None:
 
 
 def _refusal(probe: str, kind: str, difference: str) -> str:
-    return f"model not supported: {kind} fails the probe “{probe}”: {difference}"
+    return (
+        f"model not supported: {kind} fails the probe “{probe}”: {difference}. Supported are "
+        f"{families.supported_names()}, and dense models whose layers are like theirs"
+    )
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def test_an_unsupported_family_is_named(tmp_path):
         f"model: {{path: {tmp_path}}}\ncorpus: {{sources: [{{name: a, path: 'embedded:code'}}]}}\n"
     )
     found = run("--config", str(config), "--dry-run")
-    assert found.returncode == 1 and "gpt2" in found.stderr and "phi3" in found.stderr
+    assert found.returncode == 1 and "GPT2" in found.stderr and "phi3" in found.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_said_within_seconds(tmp_path):

@@ -12,7 +12,7 @@ import pruning
 import pytest
 import torch
 from models import FAMILIES, mlp_bias
-from pruning import DENSE, LOW_RANK, PREDICTED, SETTINGS, TEXTS, elements, finish
+from pruning import CALIBRATE, DENSE, LOW_RANK, PREDICTED, SETTINGS, TEXTS, elements, finish
 
 from benchmarks.s3_server import free_port
 from sparsekd_ray.config import Execution, Prune
@@ -88,7 +88,7 @@ def inputs_of(store: Store, model: Any, asked: Task) -> dict[str, torch.Tensor]:
         if name.rpartition(".")[0].endswith(".mlp"):
             module.register_forward_pre_hook(note(name))
     with torch.no_grad():
-        model(tokens(calibrate.sample(store, TEXTS, asked.calibrate)))
+        model(tokens(calibrate.sample(store, TEXTS, CALIBRATE)))
     return found
 
 
