@@ -48,7 +48,7 @@ class PruneSettings:
     sparsity: float
     prune: Prune
     calibrate: Calibrate | None
-    """Of a method that reads the calibration text. Others do not see it, since it is not in their identity."""
+    """None unless the method reads the calibration text: what is not in a step's identity must not reach its method."""
 
 
 @dataclass(frozen=True)

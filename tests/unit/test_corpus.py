@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpora import END, WORDS
 
 from sparsekd_ray.config import Corpus, Source
 from sparsekd_ray.corpus import (
@@ -37,21 +38,6 @@ from sparsekd_ray.corpus.splits import quotas, shares
 from sparsekd_ray.errors import CorpusError, ModelError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
-END = "<|endoftext|>"
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-]
 
 
 def make_documents(count: int, start: int = 0) -> list[str]:

@@ -137,5 +137,7 @@ def test_a_reader_that_has_gone_does_not_end_the_run(console, monkeypatch):
         def write(self, _: str) -> int:
             raise BrokenPipeError
 
-    monkeypatch.setattr(sys, "stdout", Closed())
+    closed = Closed()
+    monkeypatch.setattr(sys, "stdout", closed)
     headline("nobody reads this")
+    assert closed.getvalue() == ""
