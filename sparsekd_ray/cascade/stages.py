@@ -51,10 +51,10 @@ def _made(step: Step, parents: dict[str, Ref], out: Path, store: Store, gpu: boo
     match step.settings:
         case TokenizerSettings(texts=texts, standin=standin):
             from sparsekd_ray import corpus
-            from sparsekd_ray.standin import pretrain
+            from sparsekd_ray.standin import tokenizer
 
             documents = corpus.train_documents(texts, step.seed)
-            return pretrain.train_tokenizer(documents, standin.vocab, texts.seq_len, out)
+            return tokenizer.train(documents, standin.vocab, texts.seq_len, out)
         case Corpus() as settings:
             from sparsekd_ray import corpus
 

@@ -1,9 +1,9 @@
 """The stand-in: a small Phi-3 or Qwen3 trained here, so that a cascade runs without a model hub.
 
 It has the real architecture (grouped query heads, rotary positions, tied embedding; Phi-3 with fused qkv_proj and
-gate_up_proj, Qwen3 with separate matrices and norms of queries and keys), its own byte-level BPE tokenizer, and a
-minute or two of training: Muon for the matrices inside the blocks, AdamW for embedding and norms. It is partly
-trained, and says so: what matters is that its MLP matrices hold enough to be missed when they are cut.
+gate_up_proj, Qwen3 with separate matrices and norms of queries and keys), its own byte-level BPE tokenizer
+(`tokenizer.py`), and a minute or two of training: Muon for the matrices inside the blocks, AdamW for embedding and
+norms. It is partly trained, and its card says so: its MLP matrices must only hold enough to be missed when they are cut.
 
 Weights and optimiser states go into a checkpoint every so many steps. The order of the sequences is a pure
 function of the seed, so a run that was killed ends, bit for bit, where an uninterrupted one does (with as
@@ -19,7 +19,6 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +33,6 @@ from transformers import (
     AutoTokenizer,
     Phi3Config,
     Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -52,8 +50,6 @@ from sparsekd_ray.standin.muon import Muon
 
 logger = logging.getLogger(__name__)
 
-END, PAD = "<|endoftext|>", "<|pad|>"
-TOKENIZER_CHARACTERS = 2_000_000  # twice as many save half a per cent of the tokens
 WARMUP = 0.05  # share of the steps
 RECENT = 40  # steps behind the reported training loss
 
@@ -69,41 +65,6 @@ class Checkpoints(Protocol):
 
     def latest(self) -> Path | None:
         """The newest kept folder, or None."""
-
-
-def train_tokenizer(documents: Iterable[str], vocab: int, context: int, out: Path) -> dict[str, Any]:
-    """Writes a tokenizer directory: byte-level BPE of at most `vocab` tokens for models of `context` tokens.
-
-    Learns from the first two million characters, so `documents` should come well mixed. Equal documents give
-    equal bytes. Raises CorpusError if there is no text.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    texts = list(_beginning(documents, TOKENIZER_CHARACTERS))
-    if not any(texts):
-        raise CorpusError("found no text to learn a tokenizer from: give a corpus source that is not empty")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[END, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    special = {"bos_token": END, "eos_token": END, "pad_token": PAD}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **special)
-    fast.save_pretrained(out)
-    return {"vocab_size": len(fast), "characters": sum(map(len, texts))}
-
-
-def _beginning(documents: Iterable[str], characters: int) -> Iterator[str]:
-    for text in documents:
-        yield text[:characters]
-        characters -= len(text)
-        if characters <= 0:
-            return
 
 
 def pretrain(

@@ -25,6 +25,7 @@ from sparsekd_ray.corpus.shards import domain_table, write_shards
 from sparsekd_ray.model import hub, spec
 from sparsekd_ray.runtime import metrics
 from sparsekd_ray.standin import pretrain
+from sparsekd_ray.standin import tokenizer as bpe
 from sparsekd_ray.standin.muon import QUINTIC, STEPS, Muon, orthogonalise
 from sparsekd_ray.store import Store
 
@@ -79,7 +80,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus artifact of one domain, with a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("texts")
-    pretrain.train_tokenizer(sentences(200), SMALL.vocab, LENGTH, folder / "tokenizer")
+    bpe.train(sentences(200), SMALL.vocab, LENGTH, folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     for split, seed, rows in (("train", 1, 40), ("valid", 2, 8)):
         ids = np.array(tokenizer("".join(sentences(200, seed)))["input_ids"], dtype=np.int32)
@@ -204,15 +205,15 @@ def test_tokenizer_gives_text_back(texts: Path) -> None:
     assert 258 < len(tokenizer) < SMALL.vocab  # so few words hold fewer merges than were asked for
     assert tokenizer.model_max_length == LENGTH
     assert tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id, tokenizer.pad_token_id]) == [
-        pretrain.END,
-        pretrain.PAD,
+        bpe.END,
+        bpe.PAD,
     ]
 
 
 def test_tokenizer_is_the_same_in_another_process(texts: Path, tmp_path: Path) -> None:
     script = (
-        "import json, pathlib, sys; from sparsekd_ray.standin.pretrain import train_tokenizer; "
-        "train_tokenizer(json.load(sys.stdin), *map(int, sys.argv[1:3]), pathlib.Path(sys.argv[3]))"
+        "import json, pathlib, sys; from sparsekd_ray.standin import tokenizer; "
+        "tokenizer.train(json.load(sys.stdin), *map(int, sys.argv[1:3]), pathlib.Path(sys.argv[3]))"
     )
     subprocess.run(
         [sys.executable, "-c", script, str(SMALL.vocab), str(LENGTH), str(tmp_path)],
@@ -228,15 +229,15 @@ def test_tokenizer_is_the_same_in_another_process(texts: Path, tmp_path: Path) -
 
 
 def test_tokenizer_reads_a_bounded_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "TOKENIZER_CHARACTERS", 10_000)
-    figures = pretrain.train_tokenizer(itertools.cycle(sentences(7)), 300, LENGTH, tmp_path)
+    monkeypatch.setattr(bpe, "CHARACTERS", 10_000)
+    figures = bpe.train(itertools.cycle(sentences(7)), 300, LENGTH, tmp_path)
     assert figures == {"vocab_size": 300, "characters": 10_000}
 
 
 @pytest.mark.parametrize("documents", [[], ["", ""]])
 def test_tokenizer_needs_text(documents: list[str], tmp_path: Path) -> None:
     with pytest.raises(errors.CorpusError, match="no text"):
-        pretrain.train_tokenizer(documents, 300, LENGTH, tmp_path)
+        bpe.train(documents, 300, LENGTH, tmp_path)
 
 
 # Training
