@@ -3,7 +3,7 @@
 It has the real architecture (grouped query heads, rotary positions, tied embedding; Phi-3 with fused qkv_proj and
 gate_up_proj, Qwen3 with separate matrices and norms of queries and keys), its own byte-level BPE tokenizer
 (`tokenizer.py`), and a minute or two of training: Muon for the matrices inside the blocks, AdamW for embedding and
-norms. It is partly trained, and its card says so: its MLP matrices must only hold enough to be missed when they are cut.
+norms. It is partly trained, and its card says so. Its MLP matrices need only hold enough for a cut to be felt.
 
 Weights and optimiser states go into a checkpoint every so many steps. The order of the sequences is a pure
 function of the seed, so a run that was killed ends, bit for bit, where an uninterrupted one does (with as
